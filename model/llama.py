@@ -1,0 +1,165 @@
+"""Llama as Flax NNX modules over flat tokens.
+
+A batch is always a flat list of T tokens, whichever sequences they belong to: all layers but attention treat tokens
+alone, and attention is a function given by the caller (`Attend`), so that the model knows no cache and no schedule.
+Weights keep the checkpoint's [out, in] order: loading is a reshape, and products read them along their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from paddock.sharding import Layout
+
+from .config import LlamaConfig
+from .rope import apply_rope, cos_sin
+
+Params = Mapping[str, jax.Array]
+# (layer, q [T K G h], k [T K h], v [T K h]) -> [T K G h]; it sees to it that k and v are kept for later steps.
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), statistics in float32."""
+
+    def __init__(self, scale: jax.Array, eps: float):
+        self.scale = nnx.Param(scale)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...][None]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with one fused product for queries, keys and values.
+
+    `qkv` is [K, G+2, h, D]: for each kv head its G query heads, then its key, then its value, so that splitting K
+    over devices keeps each group together.
+    """
+
+    def __init__(self, params: Params, config: LlamaConfig):
+        self.qkv = nnx.Param(params["qkv"])
+        self.out = nnx.Param(params["out"])
+        self.qkv_bias = nnx.Param(params["qkv_bias"]) if config.attention_bias else None
+        self.out_bias = nnx.Param(params["out_bias"]) if config.attention_bias else None
+
+    def __call__(
+        self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array]
+    ) -> Float[Array, "T D"]:
+        qkv = jnp.einsum("td,kjhd->tkjh", x, self.qkv[...])
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...][None]
+        num_tokens, kv_heads, _, head_dim = qkv.shape
+        # Keys are rotated with the queries: one rotation over [T, K*(G+1), h].
+        rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
+        rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
+        mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
+        out = jnp.einsum("tkgh,dkgh->td", mixed, self.out[...])
+        return out if self.out_bias is None else out + self.out_bias[...][None]
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020) with gate and up in one product; `gate_up` is [2, F, D]."""
+
+    def __init__(self, params: Params, config: LlamaConfig):
+        self.gate_up = nnx.Param(params["gate_up"])
+        self.down = nnx.Param(params["down"])
+        self.gate_up_bias = nnx.Param(params["gate_up_bias"]) if config.mlp_bias else None
+        self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        both = jnp.einsum("td,cfd->tcf", x, self.gate_up[...])
+        if self.gate_up_bias is not None:
+            both = both + self.gate_up_bias[...][None]
+        hidden = jax.nn.silu(both[:, 0]) * both[:, 1]
+        out = jnp.einsum("tf,df->td", hidden, self.down[...])
+        return out if self.down_bias is None else out + self.down_bias[...][None]
+
+
+class Layer(nnx.Module):
+    def __init__(self, params: Params, config: LlamaConfig):
+        self.attention_norm = RMSNorm(params["attention_norm"], config.norm_eps)
+        self.attention = Attention(params, config)
+        self.mlp_norm = RMSNorm(params["mlp_norm"], config.norm_eps)
+        self.mlp = Mlp(params, config)
+
+
+class Llama(nnx.Module):
+    """The whole model over arrays that already exist; cheap to build, so a traced function builds its own."""
+
+    def __init__(self, config: LlamaConfig, params: Params, layout: Layout):
+        self.config, self.layout = config, layout
+        self.embed = nnx.Param(params["embed"])
+        self.layers = nnx.List([Layer(layer_params(params, i), config) for i in range(config.num_layers)])
+        self.norm = RMSNorm(params["norm"], config.norm_eps)
+        self.head = None if config.tie_embeddings else nnx.Param(params["head"])
+
+    def __call__(
+        self,
+        token_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        attend: Attend,
+        *,
+        rope_length: int | None = None,
+    ) -> Float[Array, "T D"]:
+        """Hidden states after the last norm. `rope_length`: see `cos_sin`."""
+        residual_axes = ("batch", "embed")
+        cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
+        with jax.named_scope("embed"):
+            x = self.layout.constrain(self.embed[...][token_ids], residual_axes)
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{index}"):
+                with jax.named_scope("attention"):
+                    mixed = layer.attention(layer.attention_norm(x), cos, sin, lambda *qkv, i=index: attend(i, *qkv))
+                    x = x + self.layout.constrain(mixed, residual_axes)
+                with jax.named_scope("mlp"):
+                    x = x + self.layout.constrain(layer.mlp(layer.mlp_norm(x)), residual_axes)
+        return self.norm(x)
+
+    def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Float32 logits over the padded vocabulary; the padding is -inf."""
+        with jax.named_scope("head"):
+            head = self.embed if self.head is None else self.head
+            logits = jnp.einsum("td,vd->tv", x, head[...], preferred_element_type=jnp.float32)
+            if logits.shape[1] == self.config.vocab_size:
+                return logits
+            is_token = jnp.arange(logits.shape[1]) < self.config.vocab_size
+            return jnp.where(is_token[None], logits, -jnp.inf)
+
+
+def layer_params(params: Params, index: int) -> dict[str, jax.Array]:
+    prefix = f"layers.{index}."
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def dense_causal_attention(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One sequence against itself: q [T K G h], k and v [T K h]. The reference for every cached path."""
+    scores = jnp.einsum("tkgh,skh->kgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("kgts,skh->tkgh", weights.astype(v.dtype), v)
+
+
+def forward(
+    config: LlamaConfig,
+    params: Params,
+    token_ids: Int[Array, " T"],
+    *,
+    rope_length: int | None = None,
+    layout: Layout | None = None,
+) -> Float[Array, "T V"]:
+    """Float32 logits of one sequence, without a cache: the plain reference.
+
+    `rope_length` matters to dynamic RoPE alone: None rotates each token as cached decoding does, a length as a
+    recompute at that length does.
+    """
+    model = Llama(config, params, layout or Layout.build())
+    hidden = model(token_ids, jnp.arange(token_ids.shape[0]), dense_causal_attention, rope_length=rope_length)
+    return model.logits(hidden)[:, : config.vocab_size]

@@ -1,0 +1,49 @@
+"""What every attention implementation asks of its arguments."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def check_pages(q: Array, k_pages: Array, v_pages: Array, page_table: Array) -> None:
+    """Raise ValueError unless q [*, H, h], pools [P, K, p, h] and page_table [*, N] fit together."""
+    if q.ndim != 3:
+        raise ValueError(f"q must have 3 axes (rows, query heads, head_dim): got shape {q.shape}")
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            "k_pages and v_pages must be alike, with 4 axes (pages, kv heads, page size, head_dim): "
+            f"got {k_pages.dtype}{k_pages.shape} and {v_pages.dtype}{v_pages.shape}"
+        )
+    if q.shape[2] != k_pages.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[2]}, but k_pages {k_pages.shape[3]}")
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads do not divide over {k_pages.shape[1]} kv heads")
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table must have 2 axes: got shape {page_table.shape}")
+    if page_table.dtype != jnp.int32:
+        raise ValueError(f"page_table must be int32: got {page_table.dtype}")
+
+
+def check_decode(q: Array, k_pages: Array, v_pages: Array, page_table: Array, kv_len: Array) -> None:
+    """Raise ValueError unless the arguments of a decode attention fit together."""
+    check_pages(q, k_pages, v_pages, page_table)
+    batch = q.shape[0]
+    if page_table.shape[0] != batch or kv_len.shape != (batch,) or kv_len.dtype != jnp.int32:
+        raise ValueError(
+            f"{batch} rows of q need page_table int32[{batch}, N] and kv_len int32[{batch}]: "
+            f"got {page_table.dtype}{page_table.shape} and {kv_len.dtype}{kv_len.shape}"
+        )
+
+
+def check_prefill(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, q_start: Array, q_len: Array, kv_len: Array
+) -> None:
+    """Raise ValueError unless the arguments of a prefill attention fit together."""
+    check_pages(q, k_pages, v_pages, page_table)
+    chunks = page_table.shape[0]
+    for name, value in (("q_start", q_start), ("q_len", q_len), ("kv_len", kv_len)):
+        if value.shape != (chunks,) or value.dtype != jnp.int32:
+            raise ValueError(
+                f"page_table has {chunks} chunks, so {name} must be int32[{chunks}]: got {value.dtype}{value.shape}"
+            )

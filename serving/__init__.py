@@ -1,0 +1,31 @@
+"""From requests to steps to tokens. The public names load on first use, so that `import paddock.serving` is light."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine_config import EngineConfig
+    from .engine_loop import EngineLoop
+    from .llm import LLM
+    from .outputs import CompletionOutput, Logprob, RequestOutput
+    from .sampling_params import SamplingParams
+
+_HOMES = {
+    "CompletionOutput": "outputs",
+    "EngineConfig": "engine_config",
+    "EngineLoop": "engine_loop",
+    "LLM": "llm",
+    "Logprob": "outputs",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling_params",
+}
+
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "EngineLoop", "Logprob", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

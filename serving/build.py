@@ -1,0 +1,89 @@
+"""From a config to an engine that is ready: load, compile, allocate."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paddock.checkpoints import load
+
+from .chat_template import ChatTemplate
+from .engine import Engine, Limits
+from .engine_config import EngineConfig
+from .executor import Executor
+from .page_pool import PagePool
+from .platform import prepare
+from .resolve import Resolved, resolve
+from .scheduler import Scheduler
+from .tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("paddock")
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """An engine with what belongs to it. `startup_seconds`: how long each phase took."""
+
+    resolved: Resolved
+    engine: Engine
+    executor: Executor
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    startup_seconds: dict[str, float]
+
+
+def build(config: EngineConfig, *, progress: bool = False) -> Built:
+    """Raises ValueError (CheckpointError among them) naming what cannot be had."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+        logger.info("%s: %.1f s", name, seconds[name])
+
+    with phase("resolve"):
+        prepare(config)
+        resolved = resolve(config)
+        tokenizer, chat_template = _text_side(config, resolved)
+    with phase("load"):
+        folder = resolved.folder or Path()
+        params = load(
+            folder,
+            resolved.model,
+            resolved.plan.layout,
+            resolved.dtype,
+            config.load_format,
+            seed=config.seed,
+            progress=progress,
+        )
+    with phase("compile"):
+        executor = Executor(resolved.plan, resolved.buckets, params, resolved.num_pages, progress=progress)
+    pool = PagePool(resolved.num_pages, resolved.page_size)
+    scheduler = Scheduler(
+        pool,
+        max_num_seqs=resolved.plan.num_slots,
+        max_num_batched_tokens=resolved.plan.max_chunk_tokens,
+        max_chunks=resolved.buckets.max_chunks,
+    )
+    limits = Limits(
+        vocab_size=resolved.model.vocab_size,
+        max_model_len=resolved.max_model_len,
+        max_logprobs=resolved.plan.num_logprobs,
+        eos_token_ids=frozenset(resolved.generation.eos_token_ids),
+        seed=config.seed,
+    )
+    return Built(resolved, Engine(executor, scheduler, limits), executor, tokenizer, chat_template, seconds)
+
+
+def _text_side(config: EngineConfig, resolved: Resolved) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    folder = Path(config.tokenizer) if config.tokenizer else resolved.folder
+    if config.skip_tokenizer_init or folder is None:
+        return None, None
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, ChatTemplate.load(folder, tokenizer, config.chat_template)

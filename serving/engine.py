@@ -1,0 +1,198 @@
+"""The step loop's body: schedule, send, read the step before, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+from .errors import EngineDead
+from .executor import SampledToken, StepFuture
+from .outputs import TokenLogprobs
+from .sampling_params import SamplingParams
+from .scheduler import Schedule, Scheduler
+from .sequence import Sequence, SequenceStatus
+
+logger = logging.getLogger("paddock")
+
+
+class StepRunner(Protocol):
+    """What the engine asks of the device side (`Executor`; tests bring their own)."""
+
+    def dispatch(self, schedule: Schedule) -> StepFuture: ...
+    def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None: ...
+    def reset(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What requests are checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    eos_token_ids: frozenset[int]
+    seed: int
+
+
+@dataclasses.dataclass
+class StepResult:
+    """What one turn of the loop brought: committed tokens, prompt scores, and sequences whose step raised."""
+
+    schedule: Schedule
+    tokens: list[SampledToken] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]] = dataclasses.field(default_factory=list)
+    failed: list[Sequence] = dataclasses.field(default_factory=list)
+    error: str = ""
+    # Bucket of the step whose tokens were read, None when none was.
+    bucket: str | None = None
+
+
+class Engine:
+    """Sequences in, tokens out, one step a call. Not thread-safe: one thread owns it.
+
+    Step N+1 is sent before the tokens of step N are read, so the device never waits for the host; a sequence that
+    ends by a stop token has then one token computed in vain, which is dropped here.
+    """
+
+    def __init__(self, runner: StepRunner, scheduler: Scheduler, limits: Limits):
+        self.runner, self.scheduler, self.limits = runner, scheduler, limits
+        self._ids = itertools.count()
+        self._pending: StepFuture | None = None
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises ValueError naming the argument if this request can never run."""
+        limits, num_prompt = self.limits, len(prompt_token_ids)
+        if not num_prompt:
+            raise ValueError("prompt is empty: there must be at least one token")
+        bad = next((t for t in prompt_token_ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"prompt_token_ids holds {bad!r}, but token ids are 0 to {limits.vocab_size - 1}")
+        if num_prompt >= limits.max_model_len:
+            raise ValueError(
+                f"prompt has {num_prompt} tokens, but prompt and output together may have {limits.max_model_len}"
+            )
+        if params.max_tokens is not None and num_prompt + params.max_tokens > limits.max_model_len:
+            raise ValueError(
+                f"max_tokens {params.max_tokens} with a prompt of {num_prompt} tokens goes beyond the context of "
+                f"{limits.max_model_len} tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > limits.max_logprobs:
+                raise ValueError(f"{name} {getattr(params, name)} is more than max_logprobs {limits.max_logprobs}")
+        for name in ("stop_token_ids", "logit_bias"):
+            high = max(getattr(params, name) or (0,))
+            if high >= limits.vocab_size or min(getattr(params, name) or (0,)) < 0:
+                raise ValueError(f"{name} names token {high}, but token ids are 0 to {limits.vocab_size - 1}")
+
+    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+        """Queue a request's `n` sequences. Raises ValueError as `check` does."""
+        self.check(prompt_token_ids, params)
+        room = self.limits.max_model_len - len(prompt_token_ids)
+        stops = frozenset(params.stop_token_ids or ())
+        sequences = []
+        for index in range(params.n):
+            seq_id = next(self._ids)
+            # Without a seed of its own a request draws one from its place in the queue: no clock, no hidden state.
+            seed = params.seed + index if params.seed is not None else hash((self.limits.seed, seq_id))
+            seq = Sequence(
+                seq_id=seq_id,
+                prompt_token_ids=prompt_token_ids,
+                params=params,
+                seed=seed & (2**64 - 1),
+                max_tokens=min(params.max_tokens or room, room),
+                stop_token_ids=stops if params.ignore_eos else stops | self.limits.eos_token_ids,
+                num_prompt_scored=0 if index == 0 else len(prompt_token_ids),
+            )
+            self.scheduler.add(seq)
+            sequences.append(seq)
+        return sequences
+
+    def abort(self, sequences: Iterable[Sequence]) -> None:
+        """End sequences now; their pages are free for the next step. Finished ones are left alone."""
+        for seq in sequences:
+            self.scheduler.finish(seq, "abort")
+
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle and self._pending is None
+
+    def step(self) -> StepResult:
+        """One turn. Raises EngineDead when the device cannot be brought back after a failure."""
+        schedule = self.scheduler.schedule()
+        result = StepResult(schedule)
+        before, self._pending = self._pending, None
+        try:
+            if schedule:
+                self._sync_bias(schedule)
+                self._pending = self.runner.dispatch(schedule)
+        except Exception as error:
+            self._fail(result, _members(schedule), error)
+        if before is not None:
+            try:
+                self._commit(result, before)
+            except Exception as error:
+                sent = list(_members(schedule)) if self._pending else []
+                self._pending = None
+                self._fail(result, [*(seq for _, seq in before.rows), *sent], error)
+        if result.failed:
+            self._recover(result)
+        elif self.is_idle:
+            self.scheduler.check_idle()
+        return result
+
+    def _commit(self, result: StepResult, future: StepFuture) -> None:
+        tokens, scores = future.read(), list(future.read_prompt_logprobs())
+        result.bucket = str(future.bucket)
+        result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
+        for sampled in tokens:
+            seq, token = sampled.seq, sampled.token_id
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            seq.in_flight -= 1
+            seq.output_token_ids.append(token)
+            result.tokens.append(sampled)
+            if token in seq.stop_token_ids:
+                is_eos = token in self.limits.eos_token_ids and not seq.params.ignore_eos
+                self.scheduler.finish(seq, "stop", None if is_eos else token)
+            elif len(seq.output_token_ids) >= seq.max_tokens:
+                self.scheduler.finish(seq, "length")
+
+    def _sync_bias(self, schedule: Schedule) -> None:
+        """Bring the bias rows of this step's slots in line: logit_bias, and stop tokens banned up to min_tokens."""
+        for chunk in schedule.chunks:
+            seq = chunk.seq
+            if chunk.is_first and (seq.params.logit_bias or seq.params.min_tokens):
+                seq.stops_banned = seq.num_generated - chunk.samples < seq.params.min_tokens
+                bias = dict(seq.params.logit_bias or {})
+                if seq.stops_banned:
+                    bias |= dict.fromkeys(seq.stop_token_ids, -math.inf)
+                self.runner.edit_bias(seq.slot, bias, clear=True)
+        for seq in schedule.decodes:
+            if seq.stops_banned and seq.num_generated > seq.params.min_tokens:
+                seq.stops_banned = False
+                bias = {token: (seq.params.logit_bias or {}).get(token, 0.0) for token in seq.stop_token_ids}
+                self.runner.edit_bias(seq.slot, bias, clear=False)
+
+    def _fail(self, result: StepResult, sequences: Iterable[Sequence], error: Exception) -> None:
+        logger.error("a step raised", exc_info=error)
+        result.error = result.error or f"{type(error).__name__}: {error}"
+        for seq in sequences:
+            if seq.status is not SequenceStatus.FINISHED:
+                self.scheduler.finish(seq, "error")
+                result.failed.append(seq)
+
+    def _recover(self, result: StepResult) -> None:
+        """A step that raised may have taken the donated cache with it: everything else that runs is recomputed."""
+        self.scheduler.preempt_all()
+        try:
+            self.runner.reset()
+        except Exception as error:
+            raise EngineDead(f"the device did not come back after a failed step: {error}") from error
+
+
+def _members(schedule: Schedule) -> list[Sequence]:
+    return [*schedule.decodes, *(chunk.seq for chunk in schedule.chunks)]

@@ -1,0 +1,75 @@
+"""Every knob of the engine, in one place; the CLI's flags are generated from these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with its help text; `choices`, `short` (a short flag) and `metavar` may follow for the CLI."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What the user asked for. None means "auto": resolved once, while the engine starts, and logged."""
+
+    model: str = option("", "model folder or Hugging Face Hub id; empty is the bundled demo model")
+    revision: str | None = option(None, "branch, tag or commit of a Hub id")
+    served_model_name: str | None = option(None, "name in the HTTP API; by default the model as given")
+    tokenizer: str | None = option(None, "folder of the tokenizer; by default the model's")
+    skip_tokenizer_init: bool = option(False, "work on token ids alone, without any tokenizer")
+    chat_template: str | None = option(None, "chat template: a file or the template itself; by default the model's")
+    load_format: str = option(
+        "auto", "how to read weights; dummy makes random ones", choices=("auto", "safetensors", "orbax", "dummy")
+    )
+    dtype: str = option(
+        "auto",
+        "weights and activations; auto: float32 on CPU, else the checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt + output in tokens; auto: the model's, capped by the cache"
+    )
+    seed: int = option(0, "seed of dummy weights and of requests that bring none")
+    mesh: str = option("", "device mesh, as in 'tensor=4'")
+    rules: str = option("", "sharding rules over the defaults, as in 'mlp=tensor,vocab='")
+    tensor_parallel_size: int = option(1, "shorthand for --mesh tensor=N", short="-tp")
+    block_size: int = option(16, "tokens per KV cache page")
+    gpu_memory_utilization: float = option(0.9, "share of each accelerator's memory to use")
+    kv_cache_memory_bytes: int | None = option(
+        None, "bytes of KV cache per device; auto: what is left of the GPU, or 10% of RAM (at most 4 GiB) on CPU"
+    )
+    max_num_seqs: int | None = option(None, "sequences running at once; auto: 32 on CPU, else 256")
+    max_num_batched_tokens: int | None = option(None, "tokens in one step; auto: 512 on CPU, else 2048")
+    max_num_queued_reqs: int | None = option(None, "requests waiting before new ones are refused; auto: no limit")
+    max_logprobs: int = option(20, "largest logprobs or prompt_logprobs that a request may ask for")
+    decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")
+    prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
+    compile_cache_dir: str | None = option(None, "folder of compiled programs; auto: ~/.cache/paddock/compiled")
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.max_logprobs < 0:
+            raise ValueError(f"max_logprobs must be at least 0, got {self.max_logprobs}")
+        for field in dataclasses.fields(self):
+            choices = field.metadata.get("choices")
+            if choices and getattr(self, field.name) not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {getattr(self, field.name)!r}")
+        if self.tensor_parallel_size > 1 and self.mesh:
+            raise ValueError("tensor_parallel_size and mesh both name a layout; give one of them")
+
+    @property
+    def mesh_text(self) -> str:
+        if self.tensor_parallel_size > 1:
+            return f"tensor={self.tensor_parallel_size}"
+        return self.mesh

@@ -1,0 +1,125 @@
+"""The Python API: a model, and prompts through it."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from tqdm import tqdm
+
+from .engine_config import EngineConfig
+from .engine_loop import EngineLoop
+from .outputs import RequestOutput
+from .request import RequestStream
+from .sampling_params import SamplingParams
+
+Prompt: TypeAlias = str | Mapping[str, Any]
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to generate; keyword arguments are the fields of `EngineConfig`.
+
+    `with LLM(...) as llm:` frees the devices at the end, as `llm.close()` does. Raises ValueError naming the option or
+    the checkpoint's file when the model cannot be had.
+    """
+
+    def __init__(self, model: str = "", *, progress: bool = False, **options: Any):
+        known = EngineConfig.__dataclass_fields__
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"LLM has no option {unknown[0]!r}; there are {', '.join(known)}")
+        self.engine = EngineLoop(EngineConfig(model=model, **options), progress=progress)
+        self.tokenizer = self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """One finished output per prompt, in the prompts' order.
+
+        A prompt is a string or `{"prompt_token_ids": [...]}`; one SamplingParams serves all prompts, or there is one for
+        each. Raises ValueError naming the argument before anything runs; if a step fails, RequestFailed.
+        """
+        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = self._params_for(listed, sampling_params)
+        texts = [_token_ids_or_text(prompt) for prompt in listed]
+        for text, one in zip(texts, params, strict=True):
+            self.engine.engine.check(self.engine.tokenize(text) if isinstance(text, str) else text, one)
+        events: queue.SimpleQueue[RequestStream] = queue.SimpleQueue()
+        streams: dict[RequestStream, int] = {}
+        results: list[RequestOutput | None] = [None] * len(listed)
+        try:
+            for index, (text, one) in enumerate(zip(texts, params, strict=True)):
+                stream = self.engine.submit(text, one, output_kind="final", on_event=events.put)
+                streams[stream] = index
+            with tqdm(total=len(listed), desc="Generating", unit="request", disable=not use_tqdm) as bar:
+                while streams:
+                    stream = events.get()
+                    output = stream.get(timeout=0) if stream in streams else None
+                    if output is not None:
+                        results[streams.pop(stream)] = output
+                        bar.update()
+        finally:
+            for stream in streams:
+                stream.abort()
+        return [output for output in results if output is not None]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_arguments: Any,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation (a list of messages) or a list of them."""
+        several: Any = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        prompts = [{"prompt_token_ids": self._render(one, **template_arguments)} for one in several]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """What is new, as it is made. Leaving the loop early ends the request."""
+        stream = self.engine.submit(_token_ids_or_text(prompt), sampling_params or self.engine.default_params)
+        try:
+            yield from stream
+        finally:
+            stream.abort()
+
+    def close(self) -> None:
+        """Stop, and give the device memory back. Harmless the second time."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _render(self, messages: Messages, **arguments: Any) -> list[int]:
+        if self.engine.chat_template is None:
+            raise ValueError("chat needs a tokenizer and a chat template, and this model has none")
+        return self.engine.tokenize(self.engine.chat_template.render(messages, **arguments))
+
+    def _params_for(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.engine.default_params
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"sampling_params holds {len(params)} entries for {len(prompts)} prompts")
+        return list(params)
+
+
+def _token_ids_or_text(prompt: Prompt) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
+        raise ValueError(f'a prompt is a string or {{"prompt_token_ids": [...]}}, not {prompt!r}')
+    return list(prompt["prompt_token_ids"])

@@ -1,0 +1,77 @@
+"""One sequence of tokens on its way through the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+from .sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A prompt and what was generated after it; `n` of them make a request.
+
+    Counters are in tokens. `num_computed` runs ahead of what the host has read: a sampled token that is still on the
+    device counts as `in_flight`, and a step over it may already have been sent.
+    """
+
+    seq_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    status: SequenceStatus = SequenceStatus.WAITING
+    output_token_ids: list[int] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    in_flight: int = 0
+    num_preemptions: int = 0
+    # The newest token was sampled in the slot held now, so the device's copy of it is this sequence's.
+    has_sampled: bool = False
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    # Prompt positions whose log-probabilities were already handed out; survives preemption.
+    num_prompt_scored: int = 0
+    # The slot's bias row keeps the stop tokens from being sampled, until min_tokens are there.
+    stops_banned: bool = False
+    # What `step_input.row_constants` made of `params`, kept from step to step.
+    row_constants: Any = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, those still on the device included."""
+        return self.num_prompt + len(self.output_token_ids) + self.in_flight
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.output_token_ids) + self.in_flight
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is left to compute, and it lies in the slot's device state."""
+        return self.has_sampled and self.num_computed == self.num_tokens - 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing more may be sampled, whatever the tokens in flight turn out to be."""
+        return self.num_generated >= self.max_tokens
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Known tokens at positions start..stop-1."""
+        if stop <= self.num_prompt:
+            return self.prompt_token_ids[start:stop]
+        return (self.prompt_token_ids + self.output_token_ids)[start:stop]

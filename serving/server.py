@@ -1,0 +1,320 @@
+"""The OpenAI-compatible Flask application over one engine."""
+
+from __future__ import annotations
+
+import hmac
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import flask
+import werkzeug.exceptions
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from .admission import Admission
+from .api_errors import ApiError, bad_value, engine_error
+from .connection import ClientGone, Connection
+from .errors import EngineBusy, EngineDead, RequestFailed
+from .outputs import RequestOutput
+from .protocol import SAMPLING_FIELDS, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from .responses import ChatBuilder, CompletionBuilder, ResponseBuilder
+from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .engine_loop import EngineLoop
+
+MAX_BODY_BYTES = 8 * 2**20
+MAX_CONCURRENT_REQUESTS = 512
+OPEN_ROUTES = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody receives it
+Outputs = Iterator[tuple[int, RequestOutput]]
+
+
+def create_app(
+    engine: EngineLoop,
+    *,
+    api_key: str | None = None,
+    max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> flask.Flask:
+    """The application; `app.extensions["paddock"]` is its Admission.
+
+    api_key: if given, asked for as a bearer token on all routes but health and metrics.
+    """
+    app = flask.Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    admission = app.extensions["paddock"] = Admission(max_concurrent_requests)
+    _add_generation_routes(app, engine, admission)
+    _add_text_routes(app, engine)
+    _add_status_routes(app, engine, admission)
+    _add_error_handlers(app)
+
+    @app.before_request
+    def check_api_key() -> None:
+        if api_key is None or flask.request.path in OPEN_ROUTES:
+            return
+        sent = flask.request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(sent.encode(), api_key.encode()):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    return app
+
+
+def _add_generation_routes(app: flask.Flask, engine: EngineLoop, admission: Admission) -> None:
+    @app.post("/v1/completions")
+    def completions() -> flask.Response:
+        body = parse(CompletionBody, _body())
+        _check_model(engine, body.model)
+        params = _without_text(engine, body.params(engine.default_params))
+        prompts: list[str | list[int]] = body.prompt
+        if body.add_special_tokens is False:
+            tokenizer = _tokenizer(engine)
+            prompts = [tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else p for p in prompts]
+        return _answer(engine, admission, CompletionBuilder(engine, params, body), prompts, bool(body.stream))
+
+    @app.post("/v1/chat/completions")
+    def chat_completions() -> flask.Response:
+        body = parse(ChatBody, _body())
+        _check_model(engine, body.model)
+        params = body.params(engine.default_params)
+        prompt = chat_prompt(engine, [m.as_dict for m in body.messages], body.add_generation_prompt is not False)
+        return _answer(engine, admission, ChatBuilder(engine, params, body), [prompt], bool(body.stream))
+
+
+def _add_text_routes(app: flask.Flask, engine: EngineLoop) -> None:
+    @app.post("/tokenize")
+    def tokenize() -> dict[str, Any]:
+        body = parse(TokenizeBody, _body())
+        _check_model(engine, body.model)
+        if body.messages is not None:
+            messages = [message.as_dict for message in body.messages]
+            tokens = chat_prompt(engine, messages, body.add_generation_prompt is not False)
+        else:
+            add_special = body.add_special_tokens is not False
+            tokens = _tokenizer(engine).encode(body.prompt or "", add_special_tokens=add_special)
+        pieces = [_tokenizer(engine).id_to_piece(token) for token in tokens] if body.return_token_strs else None
+        return {
+            "count": len(tokens),
+            "max_model_len": engine.max_model_len,
+            "tokens": tokens,
+            "token_strs": pieces,
+        }
+
+    @app.post("/detokenize")
+    def detokenize() -> dict[str, str]:
+        body = parse(DetokenizeBody, _body())
+        _check_model(engine, body.model)
+        try:
+            return {"prompt": _tokenizer(engine).decode(body.tokens, skip_special_tokens=False)}
+        except ValueError as error:
+            raise ApiError(400, f"tokens: {error}", param="tokens") from None
+
+
+def _add_status_routes(app: flask.Flask, engine: EngineLoop, admission: Admission) -> None:
+    def card() -> dict[str, Any]:
+        return {
+            "id": engine.model_name,
+            "object": "model",
+            "created": engine.created,
+            "owned_by": "paddock",
+            "max_model_len": engine.max_model_len,
+            "vocab_size": engine.vocab_size,
+        }
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/<path:name>")
+    def model(name: str) -> dict[str, Any]:
+        _check_model(engine, name)
+        return card()
+
+    @app.get("/health")
+    @app.get("/ping")
+    def health() -> dict[str, str]:
+        problem = "the server is shutting down" if admission.draining else engine.health()
+        if problem is not None:
+            raise ApiError(503, problem, code="unhealthy")
+        return {"status": "ok"}
+
+    @app.get("/load")
+    def load() -> dict[str, int]:
+        now = engine.load()
+        return {"server_load": sum(now.values()), **now}
+
+    @app.get("/version")
+    def version() -> dict[str, str]:
+        return {"version": paddock_version()}
+
+    @app.get("/metrics")
+    def metrics() -> flask.Response:
+        return flask.Response(engine.metrics.render(), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def _add_error_handlers(app: flask.Flask) -> None:
+    @app.errorhandler(ApiError)
+    def api_error(error: ApiError) -> flask.Response:
+        return _error_response(error)
+
+    @app.errorhandler(EngineBusy)
+    @app.errorhandler(EngineDead)
+    @app.errorhandler(RequestFailed)
+    def engine_trouble(error: EngineBusy | EngineDead | RequestFailed) -> flask.Response:
+        return _error_response(engine_error(error))
+
+    @app.errorhandler(ClientGone)
+    def client_gone(error: ClientGone) -> tuple[str, int]:
+        return "", CLIENT_CLOSED_REQUEST
+
+    @app.errorhandler(werkzeug.exceptions.HTTPException)
+    def http_error(error: werkzeug.exceptions.HTTPException) -> flask.Response:
+        request, status = flask.request, error.code or 500
+        messages = {
+            404: f"there is no route {request.path}",
+            405: f"{request.path} does not take {request.method}",
+            413: f"the body is larger than {app.config['MAX_CONTENT_LENGTH']} bytes",
+        }
+        response = _error_response(ApiError(status, messages.get(status, error.description or error.name)))
+        response.headers.extend(h for h in error.get_headers() if h[0] == "Allow")
+        return response
+
+    @app.errorhandler(Exception)
+    def bug(error: Exception) -> flask.Response:
+        app.logger.exception("%s %s failed", flask.request.method, flask.request.path)
+        return _error_response(ApiError(500, f"internal error: {type(error).__name__}"))
+
+
+def _error_response(error: ApiError) -> flask.Response:
+    response = flask.jsonify(error.body)
+    response.status_code = error.status
+    response.headers.extend(error.headers)
+    return response
+
+
+def _answer(
+    engine: EngineLoop,
+    admission: Admission,
+    builder: ResponseBuilder,
+    prompts: Iterable[str | list[int]],
+    streams_answer: bool,
+) -> flask.Response:
+    """Run the prompts; a whole answer, or one that is streamed. Counted in `admission` until it is sent."""
+    admission.enter()
+    try:
+        connection = Connection(flask.request.environ)
+        _submit(engine, connection, prompts, builder.params, "delta" if streams_answer else "final")
+        outputs = connection.outputs()
+        if streams_answer:
+            events = _events(builder, outputs)
+            first = next(events)  # what fails before the first token is an HTTP error with its own status
+            response = flask.Response(_server_sent(first, events), content_type="text/event-stream; charset=utf-8")
+            response.headers["Cache-Control"] = "no-cache"
+            response.headers["X-Accel-Buffering"] = "no"
+            response.call_on_close(outputs.close)
+        else:
+            response = flask.jsonify(_whole(builder, outputs))
+    except BaseException:
+        admission.leave()
+        raise
+    response.call_on_close(admission.leave)
+    return response
+
+
+def _submit(
+    engine: EngineLoop,
+    connection: Connection,
+    prompts: Iterable[str | list[int]],
+    params: SamplingParams,
+    kind: Literal["delta", "final"],
+) -> None:
+    try:
+        for prompt in prompts:
+            stream = engine.submit(prompt, params, output_kind=kind, on_event=connection.notify)
+            connection.streams.append(stream)
+    except BaseException as error:
+        connection.abort()
+        if isinstance(error, ValueError):
+            raise bad_value(error, {*SAMPLING_FIELDS, "prompt", "prompt_token_ids"}) from None
+        raise
+
+
+def _whole(builder: ResponseBuilder, outputs: Outputs) -> dict[str, Any]:
+    choices = [choice for i, output in outputs for choice in builder.choices(i, output, streaming=False)]
+    if any(choice["finish_reason"] == "abort" for choice in choices):
+        raise ApiError(503, "the request was aborted: the server is shutting down", code="aborted")
+    return builder.response(sorted(choices, key=lambda choice: choice["index"]))
+
+
+def _events(builder: ResponseBuilder, outputs: Outputs) -> Iterator[dict[str, Any]]:
+    """The stream's payloads, one choice each as OpenAI sends them."""
+    for i, output in outputs:
+        for choice in builder.choices(i, output, streaming=True):
+            yield builder.chunk([choice])
+    if builder.include_usage:
+        yield builder.usage_chunk()
+
+
+def _server_sent(first: dict[str, Any], events: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    """Server-sent events; an error after the first one is an event itself, then the stream ends as any other."""
+    yield _event(first)
+    try:
+        for event in events:
+            yield _event(event)
+    except ClientGone:
+        return
+    except (EngineBusy, EngineDead, RequestFailed) as error:
+        yield _event(engine_error(error).body)
+    yield b"data: [DONE]\n\n"
+
+
+def _event(payload: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _body() -> bytes:
+    kind = flask.request.mimetype
+    if kind and not kind.endswith("json"):
+        # A web page may make a browser send forms and plain text to any server, JSON only to one that agrees.
+        raise ApiError(415, f"the body must be application/json, not {kind}")
+    return flask.request.get_data(cache=False)
+
+
+def _check_model(engine: EngineLoop, name: str | None) -> None:
+    if name is not None and name != engine.model_name:
+        message = f"the model {name!r} does not exist; this server has {engine.model_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _tokenizer(engine: EngineLoop) -> Any:
+    if engine.tokenizer is None:
+        raise ApiError(400, "prompt: this server has no tokenizer, so prompts must be token ids", param="prompt")
+    return engine.tokenizer
+
+
+def _without_text(engine: EngineLoop, params: SamplingParams) -> SamplingParams:
+    """Without a tokenizer no text can be made, hence no stop string found."""
+    if engine.tokenizer is None and params.stop:
+        raise ApiError(400, "stop: this server has no tokenizer, so it cannot find stop strings", param="stop")
+    return params
+
+
+def chat_prompt(engine: EngineLoop, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    """Token ids of a conversation. Raises ApiError (400) if there is no template or it refuses the messages."""
+    if engine.tokenizer is None or engine.chat_template is None:
+        raise ApiError(400, "messages: this model has no chat template", param="messages")
+    try:
+        text = engine.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+    except ValueError as error:
+        raise ApiError(400, f"messages: {error}", param="messages") from None
+    return engine.tokenizer.encode(text)
+
+
+def paddock_version() -> str:
+    """The installed package's version; "unknown" when the code runs without being installed."""
+    try:
+        return importlib.metadata.version("paddock")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,40 @@
+"""Eight virtual CPU devices, strict arithmetic, shapes checked: what every test runs under."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+
+ON_GPU = os.environ.get("PADDOCK_TEST_GPU") == "1"
+if not ON_GPU:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+# Tests share compiled programs between processes and runs, like the product does.
+CACHE = Path(__file__).parent.parent / "build" / "test-compile-cache"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+GOLDEN = Path(__file__).parent / "model" / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not ON_GPU:
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU and PADDOCK_TEST_GPU=1")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Hugging Face folders of tiny random models with what transformers says of them (see make_golden.py)."""
+    return GOLDEN

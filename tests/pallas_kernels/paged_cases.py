@@ -1,0 +1,80 @@
+"""Paged caches full of poison, and dense attention in numpy float64 to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass
+class PagedCase:
+    """Pools and page tables of some sequences, and the same tokens without pages."""
+
+    k_pages: jax.Array  # [P, K, p, h]: NaN wherever no live token lies
+    v_pages: jax.Array
+    page_table: np.ndarray  # [B, N]: owned pages in random order, then nonsense
+    keys: list[np.ndarray]  # per sequence [S, K, h] float64
+    values: list[np.ndarray]
+
+
+def make_case(
+    lengths: list[int],
+    *,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    slots: int,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+) -> PagedCase:
+    """Sequences of the given lengths in a pool where page 0, unowned pages and the ends of last pages hold NaN."""
+    random = np.random.default_rng(seed)
+    owned = [-(-length // page_size) for length in lengths]
+    pages = sum(owned) + 4
+    free = list(1 + random.permutation(pages - 1))
+    pools = np.full((2, pages, kv_heads, page_size, head_dim), np.nan, np.float32)
+    table = random.choice([-1, 0, pages, 2**30], size=(len(lengths), slots)).astype(np.int32)
+    dense: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for sequence, length in enumerate(lengths):
+        mine = [free.pop() for _ in range(owned[sequence])]
+        table[sequence, : len(mine)] = mine
+        for kind in range(2):
+            tokens = np.asarray(jnp.asarray(random.standard_normal((length, kv_heads, head_dim)), dtype), np.float32)
+            for position, token in enumerate(tokens):
+                pools[kind, mine[position // page_size], :, position % page_size] = token
+            dense[kind].append(tokens.astype(np.float64))
+    return PagedCase(jnp.asarray(pools[0], dtype), jnp.asarray(pools[1], dtype), table, *dense)
+
+
+def random_queries(rows: int, heads: int, head_dim: int, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, heads, head_dim)), dtype)
+
+
+def dense_attention(query: Any, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+    """Attention of one token's query [H, h] to keys and values [S, K, h], S > 0, in float64: [H, h]."""
+    query = np.asarray(query, np.float64)
+    group = query.shape[0] // keys.shape[1]
+    result = np.zeros_like(query)
+    for head in range(query.shape[0]):
+        scores = scale * keys[:, head // group] @ query[head]
+        weights = np.exp(scores - scores.max())
+        result[head] = weights / weights.sum() @ values[:, head // group]
+    return result
+
+
+def dense_decode(q: jax.Array, case: PagedCase, lengths: list[int], scale: float) -> np.ndarray:
+    """What decode attention must give for `lengths` (at most those of the case): [B, H, h] float64."""
+    result = np.zeros(q.shape)
+    for row, length in enumerate(lengths):
+        if length:
+            result[row] = dense_attention(q[row], case.keys[row][:length], case.values[row][:length], scale)
+    return result
+
+
+def relative_error(got: Any, wanted: np.ndarray) -> float:
+    """||got - wanted|| / ||wanted||; NaN if anything in `got` is."""
+    return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
