@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # JAX 0.11 made the Mosaic GPU interpreter public, and moved the transposition of refs from a function to a method.
-_SINCE_0_11 = hasattr(plgpu, "InterpretGPUParams")
+_PUBLIC_INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
 
 
 def mosaic_mode(interpret: bool) -> Any:
@@ -19,17 +19,17 @@ def mosaic_mode(interpret: bool) -> Any:
     Raises ValueError for the compiler of JAX 0.10, which infers no layouts for our kernels.
     """
     if not interpret:
-        if not _SINCE_0_11:
+        if _PUBLIC_INTERPRETER is None:
             raise ValueError(f"Mosaic GPU kernels need JAX 0.11 or newer: got {jax.__version__}")
         return None
-    if _SINCE_0_11:
-        return plgpu.InterpretGPUParams()
+    if _PUBLIC_INTERPRETER is not None:
+        return _PUBLIC_INTERPRETER()
     return importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams()
 
 
 def wgmma_transposed(accumulator: Any, a: Any, b: Any) -> None:
     """accumulator [M, N] += a [M, k] @ b [N, k] transposed, all of them refs of one warpgroup."""
-    if _SINCE_0_11:
+    if _PUBLIC_INTERPRETER is not None:
         plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
         return
 

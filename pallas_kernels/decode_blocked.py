@@ -13,8 +13,9 @@ from .checks import check_decode
 from .pages import read_pages
 
 # Chosen on 2 shared cores (XLA CPU, JAX 0.10.2, float32, H=9 K=3 h=64), where blocks of 32 to 256 tokens and steps of
-# 512 to 4096 tokens lay within 20% of each other, these lowest. Steps that walk all rows to the longest one's end took
-# 1.2 to 1.4 times as long on lengths 50..1500, one row at a time 1.3 to 2; pages of 64 take 2/3 of the time of 16.
+# 1024 to 4096 tokens lay within 20% of each other; smaller steps cost more. Against this list of work items, walking
+# all rows to the end of the longest took 1.1 to 1.5 times as long on lengths 50..1500 (0.8 to 1 on equal lengths), one
+# row at a time 1.4 to 2. Half of the time is the copy out of the pages: pages of 64 take about 3/4 of the time of 16.
 BLOCK = 64  # tokens of a work item
 STEP_ITEMS = 32  # most work items of one loop step; a small batch takes fewer, so that few idle
 _LOWEST = -1e30  # below every score, yet finite: exp(-inf - _LOWEST) is 0, not NaN
@@ -56,7 +57,7 @@ def decode_blocked(
         left = jnp.where(item < ends[-1], kv_len[row] - block * span, 0)  # live tokens from the item's first one on
         k, v, alive = read_pages(k_pages, v_pages, page_table, row, block * pages_per_item, left, pages_per_item)
         # [W, K, t, G] and then a copy to [W, K, G, t]: without the barrier XLA turns the product around, which on CPU
-        # costs 1.2 to 4 times as much, since its small side is then the left one.
+        # costs 1.1 to 4 times as much, since its small side is then the left one.
         scores = jnp.einsum("wkth,wkgh->wktg", k.astype(q.dtype), queries[row], preferred_element_type=jnp.float32)
         scores = lax.optimization_barrier(scores).swapaxes(2, 3) * scale
         scores = jnp.where(alive[:, None, None, :], scores, -jnp.inf)

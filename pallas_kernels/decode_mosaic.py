@@ -30,7 +30,7 @@ def decode_mosaic(
     k_pages: Float[Array, "P K p h"],
     v_pages: Float[Array, "P K p h"],
     page_table: Int[Array, "B N"],
-    kv_len: Int[Array, B],
+    kv_len: Int[Array, " B"],
     *,
     scale: float,
     interpret: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def run_jobs(
         # The engine's own clock: the thread that reads may be late.
         started = output.times.arrival
         first, last = output.times.first_token or times[0], output.times.last_token or times[-1]
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         return Timing(job.input_len, count, first - started, last - min(started, submitted), gaps)
 
     start = time.monotonic()

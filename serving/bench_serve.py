@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -11,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,13 @@ class Server:
             raise ValueError(f"--base-url must be http://HOST:PORT, got {base_url!r}")
         self._connect = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self._address, self._path = (url.hostname, url.port), url.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         try:
-            (self.card,) = json.loads(self._request("GET", "/v1/models")[1].read())["data"]
-        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            with self._request("GET", "/v1/models") as response:
+                (self.card,) = json.loads(response.read())["data"]
+        except (OSError, RuntimeError, ValueError, KeyError, http.client.HTTPException) as error:
             raise ValueError(f"{base_url} does not answer as an OpenAI-compatible server: {error!r}") from error
 
     def complete(self, prompt: list[int], output_len: int) -> Timing:
@@ -49,9 +54,8 @@ class Server:
             "stream_options": {"include_usage": True},
         }
         start = time.monotonic()
-        connection, response = self._request("POST", "/v1/completions", json.dumps(body))
-        try:
-            times, tokens = [], 0
+        times, tokens = [], 0
+        with self._request("POST", "/v1/completions", json.dumps(body)) as response:
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
@@ -62,24 +66,20 @@ class Server:
                     times.append(time.monotonic())
                 if event.get("usage"):
                     tokens = event["usage"]["completion_tokens"]
-        finally:
-            connection.close()
         if not times or not tokens:
             raise RuntimeError("the stream ended without a token")
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         return Timing(len(prompt), tokens, times[0] - start, times[-1] - start, gaps)
 
-    def _request(self, method: str, path: str, body: str | None = None) -> tuple[Any, http.client.HTTPResponse]:
+    @contextlib.contextmanager
+    def _request(self, method: str, path: str, body: str | None = None) -> Iterator[http.client.HTTPResponse]:
         connection = self._connect(*self._address, timeout=TIMEOUT_SECONDS)
-        try:
+        with contextlib.closing(connection):
             connection.request(method, self._path + path, body, self._headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise RuntimeError(f"HTTP {response.status}: {response.read(500).decode(errors='replace')}")
-        except BaseException:
-            connection.close()
-            raise
-        return connection, response
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    raise RuntimeError(f"HTTP {response.status}: {response.read(500).decode(errors='replace')}")
+                yield response
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if vocab_size is None:
         raise ValueError(f"{args.base_url} does not say its vocab_size in /v1/models, so no prompt can be drawn")
     result = measure(server, fitting, vocab_size, args.seed, args.max_concurrency)
-    head = {"benchmark": "serve", "model": server.card["id"], "base_url": args.base_url, "left_out": len(jobs) - len(fitting)}
-    report(f"Serving {server.card['id']}", {**head, **result})
+    head = {"benchmark": "serve", "model": server.card["id"], "base_url": args.base_url}
+    report(f"Serving {server.card['id']}", {**head, "left_out": len(jobs) - len(fitting), **result})
     return 0
 
 

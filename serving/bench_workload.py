@@ -50,7 +50,7 @@ PRESETS: dict[str, tuple[Workload, ...]] = {
 
 
 def parse_lengths(text: str, name: str) -> tuple[int, int]:
-    """"128" or "32:1024". Raises ValueError naming the flag `name`."""
+    """Both ends of "128" or "32:1024". Raises ValueError naming the flag `name`."""
     low, _, high = text.partition(":")
     try:
         ends = int(low), int(high or low)

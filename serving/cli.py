@@ -17,7 +17,7 @@ DEBUG_VARIABLE = "PADDOCK_TRACEBACK"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 when the engine failed, 2 when the user asked for the impossible."""
     args = build_parser().parse_args(argv)
-    _set_up_logging(args.log_level)
+    _set_up_logging(args.log_level or args.usual_log_level)
     module = importlib.import_module(f".{args.module}", __package__)
     try:
         return getattr(module, args.function)(args)
@@ -93,7 +93,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser("bench", help="measure speed", description="Measure speed.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     throughput = _command(kinds, "throughput", "bench_throughput", "tokens per second of a batch of requests, offline")
-    throughput.add_argument("--workload", choices=("W1", "W2", "W3", "W4"), help="a fixed workload, see docs/numbers.md")
+    throughput.add_argument(
+        "--workload", choices=("W1", "W2", "W3", "W4"), help="a fixed workload, see docs/numbers.md"
+    )
     throughput.add_argument("--num-prompts", type=int, default=100, metavar="N", help="(default: %(default)s)")
     throughput.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default: all)")
     _add_lengths(throughput, 128, 128)
@@ -102,7 +104,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     latency = _command(kinds, "latency", "bench_latency", "time of a batch of equal requests, and of a step in it")
     latency.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
     latency.add_argument("--num-iters", type=int, default=5, metavar="N", help="measured runs (default: %(default)s)")
-    latency.add_argument("--num-iters-warmup", type=int, default=1, metavar="N", help="runs before (default: %(default)s)")
+    latency.add_argument(
+        "--num-iters-warmup", type=int, default=1, metavar="N", help="runs before (default: %(default)s)"
+    )
     _add_lengths(latency, 32, 128)
     add_engine_flags(latency)
 
@@ -111,11 +115,19 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--api-key", metavar="KEY", help="the server's key; also PADDOCK_API_KEY")
     serve.add_argument("--num-prompts", type=int, metavar="N", help="requests (default: 100, or all of a trace)")
     serve.add_argument(
-        "--request-rate", type=float, default=float("inf"), metavar="X", help="arrivals per second (default: all at once)"
+        "--request-rate",
+        type=float,
+        default=float("inf"),
+        metavar="X",
+        help="arrivals per second (default: all at once)",
     )
-    serve.add_argument("--max-concurrency", type=int, metavar="N", help="hold arrivals back beyond so many (default: none)")
+    serve.add_argument(
+        "--max-concurrency", type=int, metavar="N", help="hold arrivals back beyond so many (default: none)"
+    )
     serve.add_argument("--trace", metavar="CSV", help="replay TIMESTAMP,ContextTokens,GeneratedTokens")
-    serve.add_argument("--speed", type=float, default=1.0, metavar="X", help="of the trace's clock (default: %(default)s)")
+    serve.add_argument(
+        "--speed", type=float, default=1.0, metavar="X", help="of the trace's clock (default: %(default)s)"
+    )
     serve.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths, prompts and arrivals (default: 0)")
     _add_lengths(serve, 128, 128)
 
@@ -130,7 +142,9 @@ def _add_lengths(parser: argparse.ArgumentParser, prompt: int, output: int) -> N
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    parser = _command(commands, "convert", "cli_convert", "write a Hugging Face checkpoint as Orbax, which loads into any mesh")
+    parser = _command(
+        commands, "convert", "cli_convert", "write a Hugging Face checkpoint as Orbax, which loads into any mesh"
+    )
     parser.add_argument("source", metavar="SRC", help="model folder or Hub id")
     parser.add_argument("destination", metavar="DST", help="folder to make")
     parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a Hub id")
@@ -143,12 +157,14 @@ def _command(
     commands: argparse._SubParsersAction, name: str, module: str, text: str, function: str = "run"
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(module=module, function=function)
+    # Commands whose output is a text to read stay quiet.
+    usual_log_level = "warning" if module == "cli_generate" else "info"
+    parser.set_defaults(module=module, function=function, usual_log_level=usual_log_level)
     return parser
 
 
-def _set_up_logging(level: str | None) -> None:
-    """Paddock's own messages plainly, others' warnings with their names; all on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+def _set_up_logging(level: str) -> None:
+    """Paddock's own messages from `level` on, others' warnings; all on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    logging.getLogger("paddock").setLevel((level or "info").upper())
+    logging.getLogger("paddock").setLevel(level.upper())

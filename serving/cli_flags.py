@@ -77,7 +77,9 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams, **overri
     )
 
 
-def _add_flag(group: Any, name: str, hint: Any, default: Any, *, help: str, short: str | None = None, **rest: Any) -> None:
+def _add_flag(
+    group: Any, name: str, hint: Any, default: Any, *, help: str, short: str | None = None, **rest: Any
+) -> None:
     flags = ["--" + name.replace("_", "-")] + ([short] if short else [])
     text = help.replace("%", "%%")
     if default is not None and default is not False and default != "":

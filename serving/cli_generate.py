@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     with running_engine(engine_config(args)) as engine:
         ids = _tokenize(engine, prompt)
-        room = max(1, engine.max_model_len - len(ids))
-        write_answer(engine, ids, sampling_params(args, engine.default_params, max_tokens=min(DEFAULT_MAX_TOKENS, room)))
+        limit = max(1, min(DEFAULT_MAX_TOKENS, engine.max_model_len - len(ids)))
+        write_answer(engine, ids, sampling_params(args, engine.default_params, max_tokens=limit))
     return 0
 
 

@@ -13,9 +13,23 @@ from pathlib import Path
 import psutil
 
 PACKAGES = (
-    "paddock jax jaxlib flax orbax-checkpoint numpy ml-dtypes sentencepiece tokenizers tiktoken flask waitress pydantic "
-    "prometheus-client jax-cuda12-plugin jax-cuda13-plugin"
-).split()
+    "paddock",
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "flax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml-dtypes",
+    "sentencepiece",
+    "tokenizers",
+    "tiktoken",
+    "flask",
+    "waitress",
+    "pydantic",
+    "prometheus-client",
+)
 VARIABLES = ("JAX_", "XLA_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
 GIB = 2**30
 

@@ -17,7 +17,16 @@ from .sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
 HARMLESS = frozenset(
-    ["user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id"]
+    [
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+    ]
 )
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),

@@ -123,8 +123,6 @@ def _refuse_unbuilt(layout: Layout) -> None:
     for axis in ("batch", "layers", "pages", "head_dim", "embed"):
         if layout.num_shards(axis) > 1:
             raise ValueError(f"rules: splitting {axis} is not supported; q_heads, kv_heads, mlp and vocab can be split")
-    if layout.mesh.shape.get("data", 1) > 1:
-        raise ValueError("mesh: the data axis is not supported")
 
 
 def _cache_bytes(

@@ -149,7 +149,7 @@ class CompletionBuilder(ResponseBuilder):
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset = self._offsets.get(index, 0)
         for token, entry in zip(tokens, entries, strict=True):
-            text = self._token_text(token, entry and entry[token])
+            text = self._token_text(token, entry[token] if entry else None)
             lists["tokens"].append(text)
             lists["text_offset"].append(offset)
             offset += len(text)

@@ -16,7 +16,7 @@ class PagedCase:
 
     k_pages: jax.Array  # [P, K, p, h]: NaN wherever no live token lies
     v_pages: jax.Array
-    page_table: np.ndarray  # [B, N]: owned pages in random order, then nonsense
+    page_table: jax.Array  # [B, N]: owned pages in random order, then nonsense
     keys: list[np.ndarray]  # per sequence [S, K, h] float64
     values: list[np.ndarray]
 
@@ -47,7 +47,7 @@ def make_case(
             for position, token in enumerate(tokens):
                 pools[kind, mine[position // page_size], :, position % page_size] = token
             dense[kind].append(tokens.astype(np.float64))
-    return PagedCase(jnp.asarray(pools[0], dtype), jnp.asarray(pools[1], dtype), table, *dense)
+    return PagedCase(jnp.asarray(pools[0], dtype), jnp.asarray(pools[1], dtype), jnp.asarray(table), *dense)
 
 
 def random_queries(rows: int, heads: int, head_dim: int, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:

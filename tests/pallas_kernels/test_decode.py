@@ -25,7 +25,7 @@ LENGTHS = [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 2, 1000, 0, 700, 300]
 def test_equals_dense_attention_in_a_poisoned_pool(name: str, dtype: Any, limit: float) -> None:
     case = make_case(LENGTHS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, page_size=PAGE, slots=SLOTS, dtype=dtype)
     q = random_queries(len(LENGTHS), HEADS, HEAD_DIM, dtype)
-    out = DECODE_ATTENTION[name](q, case.k_pages, case.v_pages, case.page_table, np.int32(LENGTHS), scale=SCALE)
+    out = DECODE_ATTENTION[name](q, case.k_pages, case.v_pages, case.page_table, jnp.int32(LENGTHS), scale=SCALE)
     assert out.dtype == dtype
     assert relative_error(out, dense_decode(q, case, LENGTHS, SCALE)) <= limit
     assert not np.asarray(out, np.float32)[[0, 7]].any()  # kv_len 0
@@ -37,11 +37,11 @@ def test_one_executable_serves_every_mix_of_lengths(name: str) -> None:
     q = random_queries(len(LENGTHS), HEADS, HEAD_DIM)
     attend = jax.jit(lambda *arguments: DECODE_ATTENTION[name](*arguments, scale=SCALE))
     arguments = (q, case.k_pages, case.v_pages, case.page_table)
-    compiled = attend.lower(*arguments, np.int32(LENGTHS)).compile()
+    compiled = attend.lower(*arguments, jnp.int32(LENGTHS)).compile()
     for lengths in ([min(length, 20) for length in LENGTHS], [0, 1, 0, 0, 5, 0, 0, 0, 64, 65], LENGTHS):
-        out = compiled(*arguments, np.int32(lengths))
+        out = compiled(*arguments, jnp.int32(lengths))
         assert relative_error(out, dense_decode(q, case, lengths, SCALE)) <= 1e-6
-    assert not np.asarray(compiled(*arguments, np.zeros(len(LENGTHS), np.int32))).any()
+    assert not np.asarray(compiled(*arguments, jnp.zeros(len(LENGTHS), jnp.int32))).any()
 
 
 @pytest.mark.parametrize("page_size", [5, 64, 128])
@@ -50,7 +50,7 @@ def test_any_page_size(name: str, page_size: int) -> None:
     lengths = [0, page_size - 1, page_size, page_size + 1, 3 * page_size + 2]
     case = make_case(lengths, kv_heads=1, head_dim=HEAD_DIM, page_size=page_size, slots=5)
     q = random_queries(len(lengths), 4, HEAD_DIM)
-    out = DECODE_ATTENTION[name](q, case.k_pages, case.v_pages, case.page_table, np.int32(lengths), scale=SCALE)
+    out = DECODE_ATTENTION[name](q, case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths), scale=SCALE)
     assert relative_error(out, dense_decode(q, case, lengths, SCALE)) <= 1e-6
 
 
@@ -59,7 +59,7 @@ def test_blocked_keeps_its_precision_for_large_scores() -> None:
     lengths = [700, 64]
     case = make_case(lengths, kv_heads=KV_HEADS, head_dim=HEAD_DIM, page_size=PAGE, slots=44)
     q = 100 * random_queries(2, HEADS, HEAD_DIM)
-    out = DECODE_ATTENTION["blocked"](q, case.k_pages, case.v_pages, case.page_table, np.int32(lengths), scale=SCALE)
+    out = DECODE_ATTENTION["blocked"](q, case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths), scale=SCALE)
     assert relative_error(out, dense_decode(q, case, lengths, SCALE)) <= 1e-5
 
 

@@ -31,7 +31,7 @@ def test_equals_dense_attention_in_a_poisoned_pool(
         lengths, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, slots=slots, dtype=jnp.bfloat16
     )
     q = random_queries(len(lengths), heads, head_dim, jnp.bfloat16)
-    out = decode_mosaic(q, case.k_pages, case.v_pages, case.page_table, np.int32(lengths), scale=SCALE, interpret=True)
+    out = decode_mosaic(q, case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths), scale=SCALE, interpret=True)
     assert out.dtype == jnp.bfloat16
     assert relative_error(out, dense_decode(q, case, lengths, SCALE)) <= 1e-2
 

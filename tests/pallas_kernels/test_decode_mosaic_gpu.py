@@ -29,7 +29,7 @@ def test_equals_the_reference(heads: int, kv_heads: int, head_dim: int, page_siz
         dtype=jnp.bfloat16,
     )
     q = random_queries(len(lengths), heads, head_dim, jnp.bfloat16)
-    arguments = (q, case.k_pages, case.v_pages, jnp.asarray(case.page_table), jnp.asarray(lengths, jnp.int32))
+    arguments = (q, case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths))
     out = DECODE_ATTENTION["mosaic"](*arguments, scale=head_dim**-0.5)
     wanted = DECODE_ATTENTION["reference"](q.astype(jnp.float32), *arguments[1:], scale=head_dim**-0.5)
     assert relative_error(out, np.asarray(wanted, np.float64)) <= 1e-2

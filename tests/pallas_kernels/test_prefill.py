@@ -22,8 +22,8 @@ CHUNKS = [(70, 17, 50), (0, 0, 0), (92, 132, 132), (20, 1, PAGE + 1), (0, 16, 16
 
 def run(name: str, q: Any, case: PagedCase, chunks: list[tuple[int, int, int]], owner: list[int]) -> Any:
     """Chunk i of the call belongs to sequence owner[i] of the case."""
-    start, length, total = np.int32(chunks).T
-    table = case.page_table[owner]
+    start, length, total = jnp.int32(chunks).T
+    table = case.page_table[jnp.int32(owner)]
     return PREFILL_ATTENTION[name](q, case.k_pages, case.v_pages, table, start, length, total, scale=SCALE)
 
 

@@ -22,6 +22,7 @@ from paddock.serving.kv_cache import page_bytes
 from paddock.sharding import Layout
 
 LENGTHS = (5, 1, 40, 13, 4, 27, 3, 8)
+PENALIZED = greedy(presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,12 @@ def alone(llm: LLM) -> list[RequestOutput]:
     """Each prompt served by itself: the reference of the other tests."""
     prompts = prompts_of(LENGTHS, llm.engine.vocab_size)
     return [llm.generate(prompt, greedy(), use_tqdm=False)[0] for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def alone_penalized(llm: LLM) -> list[RequestOutput]:
+    prompts = prompts_of(LENGTHS, llm.engine.vocab_size)
+    return [llm.generate(prompt, PENALIZED, use_tqdm=False)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("case", ["gqa", "mqa_tied", "biases", "dynamic", "llama3_tied"])
@@ -71,7 +78,10 @@ def test_while_others_join_and_leave_at_random(llm: LLM, alone: list[RequestOutp
     assert_same_tokens([next(iter(stream)) for stream in streams], alone)
 
 
-def test_under_preemption(golden: Path, alone: list[RequestOutput]) -> None:
+def test_under_preemption(
+    golden: Path, alone: list[RequestOutput], alone_penalized: list[RequestOutput]
+) -> None:
+    """Tokens and penalty counts are rebuilt when a sequence is computed again."""
     prompts = [{"prompt_token_ids": output.prompt_token_ids} for output in alone]
     config = LlamaConfig.from_file(golden / "gqa" / "config.json")
     page = page_bytes(Dims.of(config), Layout.build(), 4, "float32")
@@ -79,7 +89,9 @@ def test_under_preemption(golden: Path, alone: list[RequestOutput]) -> None:
     with tiny_llm(golden / "gqa", max_model_len=68, kv_cache_memory_bytes=20 * page) as llm:
         outputs = llm.generate(prompts, greedy(), use_tqdm=False)
         assert llm.engine.engine.scheduler.num_preemptions > 3
+        penalized = llm.generate(prompts, PENALIZED, use_tqdm=False)
     assert_same_tokens(outputs, alone)
+    assert_same_tokens(penalized, alone_penalized)
 
 
 @pytest.mark.parametrize("options", [{"block_size": 16, "max_num_batched_tokens": 7}, {"block_size": 1}], ids=str)

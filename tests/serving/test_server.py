@@ -379,7 +379,8 @@ def test_body_limit(engine):
 
 def test_api_key(engine):
     client = create_app(engine, api_key="secret").test_client()
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sécret".encode().decode("latin-1")}):
+    not_ascii = "Bearer sécret".encode().decode("latin-1")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": not_ascii}):
         error = error_of(client.post("/v1/completions", json={"prompt": "a"}, headers=headers), 401)
         assert error["code"] == "invalid_api_key"
     good = {"Authorization": "Bearer secret"}
