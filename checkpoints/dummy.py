@@ -29,7 +29,8 @@ def init_dummy_params(config: LlamaConfig, layout: Layout, dtype: Any = None, se
         mean, width = _distribution(config, name)
         # zlib's, because Python's own hash of a string changes from process to process.
         salt = jnp.uint32(zlib.crc32(f"{seed}/{name}".encode()))
-        make = _maker(name.rpartition(".")[2], canonical[name].shape, jnp.dtype(spec.dtype), dims, layout.place(spec))
+        kind = "norm" if name.endswith("norm") else name.rpartition(".")[2]
+        make = _maker(kind, canonical[name].shape, jnp.dtype(spec.dtype), dims, layout.place(spec))
         params[name] = make(salt, jnp.float32(mean), jnp.float32(width))
     return params
 

@@ -21,8 +21,8 @@ class GenerationConfig:
     """Defaults for requests that do not say otherwise; None where the checkpoint does not say either.
 
     As in vLLM, a sampling field of the file replaces the server's own default, and `max_new_tokens` limits requests
-    that give no `max_tokens`. Beyond vLLM, which does not look at it, an explicit `"do_sample": false` makes the default
-    temperature 0: it is how such a checkpoint asks for greedy decoding.
+    that give no `max_tokens`. Beyond vLLM, which does not look at it, an explicit `"do_sample": false` makes the
+    default temperature 0: it is how such a checkpoint asks for greedy decoding.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -53,8 +53,9 @@ class GenerationConfig:
             field = str(first["loc"][0]) if first["loc"] else "the whole"
             raise CheckpointError(f"{path}: {field} is {first['input']!r}: {first['msg']}") from error
         eos = said.eos_token_id if isinstance(said.eos_token_id, list) else [said.eos_token_id]
+        ids = tuple(dict.fromkeys(i for i in eos if i is not None))
         return cls(
-            eos_token_ids=config.eos_token_ids if said.eos_token_id is None else tuple(dict.fromkeys(eos)),  # type: ignore
+            eos_token_ids=config.eos_token_ids if said.eos_token_id is None else ids,
             temperature=0.0 if said.do_sample is False else said.temperature,
             top_p=said.top_p,
             top_k=said.top_k,

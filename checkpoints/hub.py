@@ -49,9 +49,7 @@ def resolve_model(
         raise CheckpointError(f"model {name!r}: there is no such folder")
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(
-            download(name, revision=revision, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED)
-        )
+        return Path(download(name, revision=revision, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED))
     except GatedRepoError as error:
         raise CheckpointError(
             f"model {name!r} is gated: ask for access on its Hub page and set HF_TOKEN to a token of yours"
@@ -67,7 +65,8 @@ def resolve_model(
         raise CheckpointError(
             f"model {name!r}{at} is neither a folder here nor in the Hub cache (HF_HOME), and {why}"
         ) from error
-    except OSError as error:  # the HTTP client's errors, a full disk
+    # A full disk, an incomplete cache, or the HTTP client's own errors, which change with the Hub client's version.
+    except Exception as error:
         raise CheckpointError(f"model {name!r}{at} cannot be fetched from the Hub: {error}") from error
 
 

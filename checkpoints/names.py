@@ -67,7 +67,7 @@ def param_parts(dims: Dims) -> dict[str, tuple[Part, ...]]:
         both = enumerate(("gate", "up"))
         return tuple(Part(f"mlp.{name}_proj.{kind}", (F, *tail), (1, F, *tail), start=i) for i, name in both)
 
-    layer = {
+    layer: dict[str, tuple[Part, ...]] = {
         "attention_norm": (Part("input_layernorm.weight", (D,), (D,)),),
         "qkv": qkv("weight", (D,)),
         "out": (Part("self_attn.o_proj.weight", (D, H * h), (D, K, G, h)),),
@@ -80,7 +80,7 @@ def param_parts(dims: Dims) -> dict[str, tuple[Part, ...]]:
     if config.mlp_bias:
         layer |= {"gate_up_bias": gate_up("bias", ()), "down_bias": (Part("mlp.down_proj.bias", (D,), (D,)),)}
 
-    table = {
+    table: dict[str, tuple[Part, ...]] = {
         "embed": (Part("model.embed_tokens.weight", (V, D), (V, D)),),
         "norm": (Part("model.norm.weight", (D,), (D,)),),
     }

@@ -45,21 +45,20 @@ def save_orbax(
     chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
     with _checkpointer(arrays) as checkpointer:
         checkpointer.save((path / PARAMS).absolute(), args=ocp.args.StandardSave(arrays, save_args=chunked))
-    dtype = jnp.dtype(arrays["embed"].dtype).name
     raw = read_json(companions / "config.json") if companions else config.to_hf_dict()
-    write_json(path / "config.json", raw | {"dtype" if "dtype" in raw else "torch_dtype": dtype})
-    for pattern in COMPANIONS if companions else ():
-        for file in sorted(companions.glob(pattern)):  # type: ignore[union-attr]
-            if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, path / file.name)
+    # Whichever spelling the file uses: what it says is what loading defaults to, so it must be what is stored.
+    spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
+    write_json(path / "config.json", raw | dict.fromkeys(spellings, jnp.dtype(arrays["embed"].dtype).name))
+    if companions:
+        _copy_companions(companions, path)
 
 
 def load_orbax(path: Path, config: LlamaConfig, layout: Layout, dtype: Any = None) -> dict[str, jax.Array]:
     """The arrays of `param_specs(config, layout, dtype)` from an Orbax folder, whatever mesh wrote it.
 
     Orbax reads each shard into its place. Arrays that the layout repeats or pads are read in their canonical shape,
-    split over all devices, then changed one after the other on the devices. Raises CheckpointError naming the folder and
-    the array.
+    split over all devices, then changed there, one after the other. Raises CheckpointError naming the folder and the
+    array.
     """
     folder, dims = Path(path) / PARAMS, Dims.of(config, layout)
     specs, canonical = param_specs(config, layout, dtype), param_specs(config, None, dtype)
@@ -72,8 +71,8 @@ def load_orbax(path: Path, config: LlamaConfig, layout: Layout, dtype: Any = Non
             params = dict(checkpointer.restore(folder.absolute(), args=ocp.args.StandardRestore(wanted)))
     # Orbax raises whatever its storage does, and the storage raises whatever it likes for damaged files.
     except Exception as error:
-        blame = next((f"array {name!r}" for name in wanted if name in str(error)), "its arrays")
-        raise CheckpointError(f"{folder}: {blame} cannot be read: {str(error).strip()[-300:]}") from error
+        blame = next((f"array {name!r}" for name in wanted if f"'{name}/'" in str(error)), "its arrays")
+        raise CheckpointError(f"{folder}: {blame} cannot be read: {_reason(error)}") from error
     for name in narrowed:
         if not jnp.isfinite(params[name]).all():
             raise CheckpointError(f"{folder}: array {name!r} has values that {targets[name].dtype} cannot hold")
@@ -92,20 +91,31 @@ def check_empty(path: Path) -> Path:
     return path
 
 
+def _copy_companions(source: Path, destination: Path) -> None:
+    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    for file in sorted(files):
+        if file.name != "config.json" and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, destination / file.name)
+
+
 def _check(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """Raises CheckpointError unless the metadata are those of `wanted`; returns the names that a cast narrows."""
     if not (folder / "_METADATA").is_file():
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no file _METADATA")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = dict(checkpointer.metadata(folder.absolute()).item_metadata)
+            found = checkpointer.metadata(folder.absolute()).item_metadata
     except Exception as error:
-        raise CheckpointError(f"{folder}: the metadata cannot be read: {str(error).strip()[-300:]}") from error
+        raise CheckpointError(f"{folder}: the metadata cannot be read: {_reason(error)}") from error
+    if found is None:  # Orbax logs why and goes on
+        raise CheckpointError(f"{folder}: the metadata cannot be read: files are damaged or missing")
+    found = dict(found)
     if missing := [name for name in wanted if name not in found]:
         raise CheckpointError(f"{folder}: array {missing[0]!r} of shape {list(wanted[missing[0]].shape)} is missing")
-    for name, array in found.items():
-        if name not in wanted:
-            raise CheckpointError(f"{folder}: array {name!r} is not part of the model that config.json describes")
+    if extra := [name for name in found if name not in wanted]:
+        raise CheckpointError(f"{folder}: array {extra[0]!r} is not part of the model that config.json describes")
+    for name in wanted:
+        array = found[name]
         if tuple(array.shape) != wanted[name].shape:
             raise CheckpointError(
                 f"{folder}: array {name!r} has shape {list(array.shape)}; config.json asks for "
@@ -114,6 +124,13 @@ def _check(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise CheckpointError(f"{folder}: array {name!r} has dtype {array.dtype}; it must be a float")
     return [name for name in wanted if is_narrower(wanted[name].dtype, found[name].dtype)]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the storage said; Orbax wraps it in pages of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def _checkpointer(arrays: Mapping[str, Any]) -> ocp.Checkpointer:

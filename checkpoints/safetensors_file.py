@@ -72,7 +72,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, endless nesting
         raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
@@ -84,8 +84,8 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, size: int) -> Tens
     def is_sizes(value: Any) -> bool:
         return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key, 0) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and is_sizes(shape) and is_sizes(offsets) and len(offsets) == 2):
         raise CheckpointError(f"{path}: tensor {name!r} has a header entry that is not safetensors': {entry!r}")
     tensor = Tensor(dtype, tuple(shape), data + offsets[0], data + offsets[1])

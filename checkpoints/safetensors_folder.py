@@ -137,15 +137,13 @@ def _place(
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
-def save_safetensors(
-    folder: Path, config: LlamaConfig, params: Mapping[str, jax.Array], dtype: Any = None
-) -> None:
+def save_safetensors(folder: Path, config: LlamaConfig, params: Mapping[str, jax.Array], dtype: Any = None) -> None:
     """Write `params`, of any layout, as a Hugging Face folder: config.json and one model.safetensors in `dtype`.
 
     All tensors are gathered on the host. `dtype` defaults to the config's and is what config.json will say.
     """
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype or config.dtype).name)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, parts in param_parts(Dims.of(config)).items():
         array = np.asarray(contract(name, params[name], config)).astype(jnp.dtype(config.dtype))
         tensors |= {part.tensor: np.ascontiguousarray(array[part.block]).reshape(part.shape) for part in parts}

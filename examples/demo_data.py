@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def split(text: str, shares: tuple[float, ...] = (0.9, 0.95)) -> tuple[str, ...]
     """Cut `text` at these shares of its bytes, moved on to the next line start: train, validation, test."""
     data = text.encode()
     cuts = [0, *(data.index(b"\n", int(len(data) * share)) + 1 for share in shares), len(data)]
-    return tuple(data[start:end].decode() for start, end in zip(cuts, cuts[1:], strict=False))
+    return tuple(data[start:end].decode() for start, end in itertools.pairwise(cuts))
 
 
 def train_tokenizer(text: str, vocab_size: int, kind: str) -> bytes:
@@ -80,12 +81,19 @@ def documents(speeches: list[str], chat_share: float, rng: np.random.Generator) 
         start = end
 
 
+def cut(text: str, rate: float, rng: np.random.Generator) -> list[str]:
+    """`text` in pieces, cut before a character with probability `rate`."""
+    places = np.flatnonzero(rng.random(len(text)) < rate).tolist()
+    return [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)]) if start < end]
+
+
 @dataclasses.dataclass(frozen=True)
 class Streams:
     """Variants of one text, each a stream of tokens: other documents, and other subwords in the sampled ones.
 
     `tokens` is [variants, longest] padded, `lengths` [variants]; the last `num_exact` variants are tokenized as
-    inference does, the others by subword regularisation (Kudo 2018; Provilkov et al. 2020 for BPE).
+    inference does. In the others the text is cut at random, before a character in `cut_rate` of cases, and the pieces
+    are tokenized alone: subword regularisation (Kudo 2018) by means that a seed repeats.
     """
 
     tokens: np.ndarray
@@ -101,21 +109,22 @@ class Streams:
         *,
         num_sampled: int,
         num_exact: int,
-        alpha: float,
+        cut_rate: float,
         chat_share: float,
         seed: int,
     ) -> Streams:
         rng = np.random.default_rng(seed)
-        sentencepiece.set_random_generator_seed(seed)
         speeches = [speech for speech in text.split("\n\n") if speech]
         variants = []
         for index in range(num_sampled + num_exact):
-            sampling = {"enable_sampling": True, "alpha": alpha, "nbest_size": -1} if index < num_sampled else {}
+            rate = cut_rate if index < num_sampled else 0.0
             stream: list[int] = []
             for parts in documents(speeches, chat_share, rng):
                 stream.append(BOS)
-                for ids in tokenizer.encode(parts, **sampling):
-                    stream += [*ids, EOS]
+                for part in parts:
+                    for ids in tokenizer.encode(cut(part, rate, rng)):
+                        stream += ids
+                    stream.append(EOS)
             variants.append(stream)
         lengths = np.array([len(stream) for stream in variants], np.int32)
         tokens = np.zeros((len(variants), lengths.max()), np.int32)

@@ -103,8 +103,8 @@ def training_logits(
         return jnp.einsum("kgts,skh->tkgh", drop(weights, recipe.attention_dropout, keys[3 * layer]), v)
 
     for index, layer in enumerate(model.layers):
-        layer.attention = dropped(layer.attention, keys[3 * index + 1])
-        layer.mlp = dropped(layer.mlp, keys[3 * index + 2])
+        layer.attention = dropped(layer.attention, keys[3 * index + 1])  # type: ignore[assignment]
+        layer.mlp = dropped(layer.mlp, keys[3 * index + 2])  # type: ignore[assignment]
     hidden = model(token_ids, jnp.arange(token_ids.shape[0]), attend)
     return model.logits(drop(hidden, recipe.dropout, last_key))
 
@@ -176,7 +176,8 @@ class Trainer:
         if validation:
             context = self.config.max_position
             held_out = [jnp.asarray(part) for part in windows([BOS, *validation[0]], context, context // 2)]
-        best, best_step, best_bpb, start = params, 0, math.inf, time.perf_counter()
+        best: Params = {}
+        best_step, best_bpb, start = 0, math.inf, time.perf_counter()
         log("  step  train_bpb  val_bpb  seconds")
         for index in range(-(-(stop_at or self.recipe.steps) // CHUNK)):
             context = self.recipe.contexts[index % len(self.recipe.contexts)]
@@ -191,4 +192,6 @@ class Trainer:
             if seconds > 60 * self.recipe.minutes:
                 log(f"stopped at step {step}: the {self.recipe.minutes:g} minutes are over")
                 break
+        if validation and not best:
+            raise FloatingPointError("the validation loss was never finite; try a lower learning rate")
         return (best, best_step) if validation else (state[1], step)

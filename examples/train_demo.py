@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -28,13 +27,13 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="print a folder's bits per byte, train nothing")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--log", type=Path, help="file for the table (default: OUT.log)")
+    parser.add_argument("--log", type=Path, default=Path("build/train_demo.log"), help="file for the table")
     parser.add_argument("--retrain", action="store_true", help="train again on training and validation part together")
     data = parser.add_argument_group("data")
     data.add_argument("--vocab-size", type=int, default=1024)
     data.add_argument("--tokenizer", choices=["unigram", "bpe"], default="unigram")
-    data.add_argument("--alpha", type=float, default=0.2, help="unigram: inverse temperature; bpe: dropout")
-    data.add_argument("--sampled", type=int, default=16, help="variants of the text with sampled subwords")
+    data.add_argument("--cut-rate", type=float, default=0.08, help="cuts per character in the sampled variants")
+    data.add_argument("--sampled", type=int, default=16, help="variants of the text with randomly cut subwords")
     data.add_argument("--exact", type=int, default=16, help="variants tokenized as inference does")
     data.add_argument("--chat-share", type=float, default=0.2, help="share of the text written as chats")
     model = parser.add_argument_group("model")
@@ -71,6 +70,15 @@ def model_config(args: argparse.Namespace) -> LlamaConfig:
     return LlamaConfig.from_dict(described, source="the command line")
 
 
+def repeatable_command() -> str:
+    """This run's command for the card: where this run happened to write is left out."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--out", "--log"):
+        places.add_argument(name)
+    choices = places.parse_known_args()[1]
+    return shlex.join(["python", "examples/train_demo.py", "--out", "checkpoints/bundled", *choices])
+
+
 def main() -> None:
     args = arguments().parse_args()
     train, validation, test = split(TEXT.read_text())
@@ -80,22 +88,21 @@ def main() -> None:
     args.contexts = tuple(args.contexts)
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
     config = model_config(args)
-    log_file = args.log or args.out.with_name(args.out.name + ".log")
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w") as file:
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    with args.log.open("w") as file:
 
         def log(line: str) -> None:
             print(line, flush=True)
             file.write(line + "\n")
 
-        command = f"python examples/train_demo.py {shlex.join(sys.argv[1:])}"
+        command = repeatable_command()
         log(f"{command}\non {jax.devices()[0].device_kind}")
         num_parameters = sum(spec.num_bytes for spec in param_specs(config, dtype="uint8").values())
         tokenizer_model = train_tokenizer(train, args.vocab_size, args.tokenizer)
         tokenizer = load_tokenizer(tokenizer_model)
         streams = [
             Streams.build(
-                tokenizer, text, num_sampled=args.sampled, num_exact=args.exact, alpha=args.alpha,
+                tokenizer, text, num_sampled=args.sampled, num_exact=args.exact, cut_rate=args.cut_rate,
                 chat_share=args.chat_share, seed=args.seed,
             )
             for text in ([train, train + validation] if args.retrain else [train])
@@ -108,20 +115,18 @@ def main() -> None:
         params, best_step = trainer.run(streams[0], held_out, log, width=width)
         log(f"best on the validation part: step {best_step}")
         told = (
-            f"AdamW with weight decay, dropout, subword sampling and averaged weights, on the first 90% of the text; the "
-            f"weights of step {best_step} of {recipe.steps} were the best on the next 5%."
+            f"AdamW with weight decay, dropout, subword sampling and averaged weights, on the first 90% of the text;\n"
+            f"the weights of step {best_step} of {recipe.steps} were the best on the next 5%."
         )
         trained_on = train
         if args.retrain:
             params, _ = trainer.run(streams[1], None, log, width=width, stop_at=best_step)
             trained_on = train + validation
-            told += " As many steps from scratch on both parts then gave the weights stored here."
+            told += "\nAs many steps from scratch on both parts then gave the weights stored here."
         save(args.out, config, params, tokenizer_model)
-        bpb = write_card(
-            args.out, trained_on=trained_on, test=test, command=command, recipe=told, kind=args.tokenizer
-        )
+        bpb = write_card(args.out, trained_on=trained_on, test=test, command=command, recipe=told, kind=args.tokenizer)
         size = sum(path.stat().st_size for path in args.out.iterdir())
-        log(f"{args.out}: {bpb:.4f} bits per byte on the test part, {size / 1e6:.2f} MB")
+        log(f"{args.out.name}: {bpb:.4f} bits per byte on the test part, {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -65,5 +65,5 @@ def report(title: str, result: dict[str, Any]) -> None:
     print(f"\n{title}")
     for name, value in result.items():
         print(f"  {name:{width}}  {value:,.2f}" if isinstance(value, float) else f"  {name:{width}}  {value}")
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
+    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in result.items()}
     print(json.dumps(rounded), flush=True)

@@ -1,4 +1,4 @@
-"""What the HTTP routes accept: OpenAI's bodies with vLLM's extra sampling fields.
+"""How the bodies of HTTP requests are read: OpenAI's fields with vLLM's extra ones for sampling.
 
 A field is known, known to have no effect here (HARMLESS), known but not supported (UNSUPPORTED, refused unless it holds
 its neutral value), or refused as unknown: nothing that would change the answer is dropped.
@@ -15,7 +15,6 @@ import pydantic
 from .api_errors import ApiError, bad_value
 from .sampling_params import SamplingParams
 
-MAX_PROMPTS = 1024
 HARMLESS = frozenset(
     [
         "user",
@@ -103,7 +102,7 @@ class GenerationBody(Body):
     @pydantic.field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: Any) -> Any:
-        if stop is None or isinstance(stop, str) or _all(stop, str):
+        if stop is None or isinstance(stop, str) or is_list_of(stop, str):
             return stop
         raise ValueError("must be a string or a list of strings")
 
@@ -127,128 +126,6 @@ class GenerationBody(Body):
             return dataclasses.replace(defaults, **given)
         except ValueError as error:
             raise bad_value(error, SAMPLING_FIELDS) from None
-
-
-class CompletionBody(GenerationBody):
-    """POST /v1/completions. `prompt` becomes a list of prompts, each a string or token ids."""
-
-    prompt: Any
-    echo: bool | None = None
-    logprobs: int | None = None
-    add_special_tokens: bool | None = None
-
-    @pydantic.field_validator("prompt")
-    @classmethod
-    def _check_prompt(cls, prompt: Any) -> list[str] | list[list[int]]:
-        prompts = prompt if isinstance(prompt, list) and prompt and not _all(prompt, int) else [prompt]
-        if not _all(prompts, str) and not all(_all(item, int) for item in prompts):
-            raise ValueError("must be a string, a list of strings, token ids, or a list of lists of token ids")
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"holds {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed")
-        if not all(prompts):
-            raise ValueError("is empty")
-        return prompts
-
-    @property
-    def only_scores(self) -> bool:
-        """The prompt's log-probabilities are wanted and no new token."""
-        return bool(self.echo) and self.max_tokens == 0
-
-    def params(self, defaults: SamplingParams) -> SamplingParams:
-        """Raises ApiError (400)."""
-        overrides: dict[str, Any] = {}
-        if self.echo and self.logprobs is not None:
-            if self.prompt_logprobs is not None and self.prompt_logprobs != self.logprobs:
-                raise ApiError(400, "prompt_logprobs differs from logprobs under echo", param="prompt_logprobs")
-            overrides["prompt_logprobs"] = self.logprobs
-        if self.only_scores:
-            # The engine samples at least one token; the response leaves it out.
-            overrides |= {"max_tokens": 1, "min_tokens": 0, "stop": None}
-        return self.sampling_params(defaults, **overrides)
-
-
-class ChatMessage(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
-    name: str | None = None
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, message: Any) -> Any:
-        # A message that came out of a response and goes back in as history carries tool_calls: null and the like.
-        if isinstance(message, dict):
-            return {key: value for key, value in message.items() if value is not None and value != []}
-        return message
-
-    @pydantic.field_validator("content")
-    @classmethod
-    def _check_content(cls, content: Any) -> Any:
-        if isinstance(content, str):
-            return content
-        parts = content if isinstance(content, list) else [content]
-        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) != len(parts) or not _all(texts, str):
-            raise ValueError("must be a string or a list of parts of type 'text'")
-        return content
-
-    @property
-    def as_dict(self) -> dict[str, Any]:
-        # "developer" is OpenAI's newer word for the same thing; templates know "system".
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content} | ({"name": self.name} if self.name else {})
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
-
-    messages: list[ChatMessage] = pydantic.Field(min_length=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
-    add_generation_prompt: bool | None = None
-
-    def params(self, defaults: SamplingParams) -> SamplingParams:
-        """Raises ApiError (400)."""
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) == 2:
-            raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens")
-        try:
-            return self.sampling_params(
-                defaults,
-                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-                max_tokens=given.pop() if given else None,
-            )
-        except ApiError as error:
-            # SamplingParams calls both fields by other names than this body does.
-            renamed = {"logprobs": "top_logprobs", "max_tokens": "max_completion_tokens"}
-            if error.param in renamed and getattr(self, renamed[error.param]) is not None:
-                error.param = renamed[error.param]
-            raise
-
-
-class TokenizeBody(Body):
-    """POST /tokenize: a prompt, or messages."""
-
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    return_token_strs: bool | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _check_either(self) -> TokenizeBody:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: give either prompt or messages")
-        return self
-
-
-class DetokenizeBody(Body):
-    """POST /detokenize."""
-
-    tokens: list[int]
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -301,6 +178,6 @@ def _invalid(error: pydantic.ValidationError) -> ApiError:
     return ApiError(400, f"{param}: {message}, got {shown[:80]}{'...' * (len(shown) > 80)}", param=param)
 
 
-def _all(value: Any, kind: type) -> bool:
+def is_list_of(value: Any, kind: type) -> bool:
     """A list of `kind` and nothing else; True and False are no integers."""
     return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import queue
+import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -75,7 +76,7 @@ class RequestStream:
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None] * len(prompt_token_ids)
-        self._delivered_prompt = False
+        self._delivered_prompt = self._has_news = False
 
     def put(self, event: TokenEvent) -> None:
         """The engine thread's side."""
@@ -88,20 +89,16 @@ class RequestStream:
 
         After the output with `finished` set there is nothing more to get.
         """
-        try:
-            event = self._events.get(timeout=timeout)
-        except queue.Empty:
-            return None
+        deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            self._take(event)
-            # Everything that has piled up goes out as one output.
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                event = self._events.get_nowait()
+                self._take(self._events.get(timeout=left) if left != 0 else self._events.get_nowait())
             except queue.Empty:
-                break
-        if self.output_kind == "final" and not self.finished:
-            return None if timeout is not None else self.get()
-        return self._snapshot()
+                return None
+            # Everything that has piled up goes out as one output; prompt scores wait for the first token.
+            if self._events.empty() and (self.finished or (self.output_kind == "delta" and self._has_news)):
+                return self._snapshot()
 
     def __iter__(self) -> Iterator[RequestOutput]:
         while not self.finished:
@@ -127,6 +124,7 @@ class RequestStream:
         if output.done:
             return  # tokens that were on their way when a stop string ended it
         value = output.value
+        self._has_news |= event.token_id is not None or event.finish_reason is not None
         if event.token_id is not None:
             self._add_token(output, event.token_id, event.logprobs, is_stop=event.finish_reason == "stop")
         if output.stop.matched is not None:
@@ -163,7 +161,7 @@ class RequestStream:
         prompt_logprobs = self._prompt_logprobs
         if self.output_kind == "delta":
             prompt_logprobs = None if self._delivered_prompt else prompt_logprobs
-            self._delivered_prompt = True
+            self._delivered_prompt, self._has_news = True, False
         values = [output.value for output in self._outputs]
         if self.output_kind == "delta":
             for output in self._outputs:

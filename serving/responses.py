@@ -10,8 +10,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from .bodies import ChatBody, CompletionBody
 from .outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
-from .protocol import ChatBody, CompletionBody
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class ResponseBuilder:
     def __init__(self, engine: EngineLoop, params: SamplingParams, body: CompletionBody | ChatBody) -> None:
         self.engine, self.params = engine, params
         self.token_ids_wanted = bool(body.return_token_ids)
+        self.prompt_logprobs_wanted = body.prompt_logprobs is not None
         self.include_usage = body.include_usage
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -62,7 +63,7 @@ class ResponseBuilder:
             if self.token_ids_wanted:
                 choice["token_ids"] = completion.token_ids
                 choice["prompt_token_ids"] = output.prompt_token_ids
-            if self.params.prompt_logprobs is not None and not streaming:
+            if self.prompt_logprobs_wanted:
                 choice["prompt_logprobs"] = [
                     entry and {str(token): self._logprob_dict(token, item) for token, item in entry.items()}
                     for entry in self._prompt_logprobs[prompt_index]
@@ -129,12 +130,13 @@ class CompletionBuilder(ResponseBuilder):
         text = (self._prompt_text(output) if echoes else "") + completion.text
         logprobs = None
         if self.body.logprobs is not None:
+            num_prompt = len(output.prompt_token_ids) if echoes else 0
             tokens = list(completion.token_ids)
             entries: list[TokenLogprobs | None] = list(completion.logprobs or [])
             if echoes:
                 tokens = output.prompt_token_ids + tokens
                 entries = self._prompt_logprobs[index // self.params.n] + entries
-            logprobs = self._legacy_logprobs(index, tokens, entries, self.body.logprobs)
+            logprobs = self._legacy_logprobs(index, tokens, entries, num_prompt)
         return {"text": text, "logprobs": logprobs}
 
     def _num_tokens(self, completion: CompletionOutput) -> int:
@@ -145,14 +147,21 @@ class CompletionBuilder(ResponseBuilder):
             return output.prompt
         return "" if self.engine.tokenizer is None else self.engine.tokenizer.decode(output.prompt_token_ids)
 
-    def _legacy_logprobs(self, index: int, tokens: list[int], entries: list[TokenLogprobs | None], top: int) -> Json:
+    def _legacy_logprobs(
+        self, index: int, tokens: list[int], entries: list[TokenLogprobs | None], num_prompt: int
+    ) -> Json:
+        """The parallel lists for tokens of which the first `num_prompt` are the prompt's."""
+        special = self.engine.tokenizer.special_ids if self.engine.tokenizer is not None else frozenset()
+        top = self.body.logprobs or 0
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset = self._offsets.get(index, 0)
-        for token, entry in zip(tokens, entries, strict=True):
+        for position, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
             text = self._token_text(token, entry[token] if entry else None)
             lists["tokens"].append(text)
             lists["text_offset"].append(offset)
-            offset += len(text)
+            # A token that the text leaves out takes no room in it.
+            if token not in special or (position >= num_prompt and not self.params.skip_special_tokens):
+                offset += len(text)
             if entry is None:  # the prompt's first token: nothing precedes it
                 lists["token_logprobs"].append(None)
                 lists["top_logprobs"].append(None)

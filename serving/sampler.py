@@ -107,9 +107,10 @@ def _filter(logits: Float[Array, "R V"], rows: Rows) -> Float[Array, "R V"]:
     low = _threshold(keys, jnp.ones_like(logits), k)
     logits = jnp.where((k > 0)[:, None] & (keys < low[:, None]), -jnp.inf, logits)
     weights = jnp.exp(logits - top)
-    mass = jnp.where(rows.top_p < 1, rows.top_p * jnp.sum(weights, axis=-1), 0)
+    # However small top_p is, the most likely token stays: its weight is 1.
+    mass = jnp.maximum(rows.top_p * jnp.sum(weights, axis=-1), 1e-30)
     low = _threshold(keys, weights, mass)
-    return jnp.where((mass > 0)[:, None] & (keys < low[:, None]), -jnp.inf, logits)
+    return jnp.where((rows.top_p < 1)[:, None] & (keys < low[:, None]), -jnp.inf, logits)
 
 
 def _ordered_bits(x: Float[Array, "R V"]) -> UInt[Array, "R V"]:

@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 
 MAX_STOP_STRINGS = 64
 MAX_N = 128
+MAX_TEMPERATURE = 1000.0
+INT32_MAX = 2**31 - 1
+# Below this a temperature is taken for 0, as in vLLM: float32 logits divided by it would overflow.
+GREEDY_BELOW = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +44,20 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        self._check_number("temperature", 0, math.inf)
+        self._check_number("temperature", 0, MAX_TEMPERATURE)
         self._check_number("top_p", 0, 1, open_low=True)
         self._check_number("min_p", 0, 1)
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
-        self._check_number("repetition_penalty", 0, math.inf, open_low=True)
+        self._check_number("repetition_penalty", 0.01, 100)
         self._check_int("n", 1, MAX_N)
-        self._check_int("top_k", -1)
-        self._check_int("min_tokens", 0)
-        for name, low in (("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0), ("seed", -(2**63))):
+        self._check_int("top_k", -1, INT32_MAX)
+        self._check_int("min_tokens", 0, INT32_MAX)
+        for name, low in (("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
             if getattr(self, name) is not None:
-                self._check_int(name, low)
+                self._check_int(name, low, INT32_MAX)
+        if self.seed is not None:
+            self._check_int("seed", -(2**63), 2**64 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -69,12 +75,16 @@ class SamplingParams:
         if self.logit_bias is not None:
             self._check_logit_bias()
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
     def _check_logit_bias(self) -> None:
         bias: dict[int, float] = {}
         for token, value in dict(self.logit_bias or {}).items():
             try:
                 bias[int(token)] = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"logit_bias: {token!r}: {value!r} is not a token id with a number") from None
             if not -100 <= bias[int(token)] <= 100:
                 raise ValueError(f"logit_bias of token {token} must be in [-100, 100], got {value}")

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hmac
 import importlib.metadata
-import json
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import flask
 import werkzeug.exceptions
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from .admission import Admission
-from .api_errors import ApiError, bad_value, engine_error
-from .connection import ClientGone, Connection
+from .answer import answer
+from .api_errors import ApiError, engine_error
+from .bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .connection import ClientGone
 from .errors import EngineBusy, EngineDead, RequestFailed
-from .outputs import RequestOutput
-from .protocol import SAMPLING_FIELDS, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
-from .responses import ChatBuilder, CompletionBuilder, ResponseBuilder
-from .sampling_params import SamplingParams
+from .protocol import parse
+from .responses import ChatBuilder, CompletionBuilder
 
 if TYPE_CHECKING:
     from .engine_loop import EngineLoop
@@ -28,7 +26,6 @@ MAX_BODY_BYTES = 8 * 2**20
 MAX_CONCURRENT_REQUESTS = 512
 OPEN_ROUTES = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody receives it
-Outputs = Iterator[tuple[int, RequestOutput]]
 
 
 def create_app(
@@ -67,12 +64,12 @@ def _add_generation_routes(app: flask.Flask, engine: EngineLoop, admission: Admi
     def completions() -> flask.Response:
         body = parse(CompletionBody, _body())
         _check_model(engine, body.model)
-        params = _without_text(engine, body.params(engine.default_params))
+        params = body.params(engine.default_params)
         prompts: list[str | list[int]] = body.prompt
         if body.add_special_tokens is False:
             tokenizer = _tokenizer(engine)
             prompts = [tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else p for p in prompts]
-        return _answer(engine, admission, CompletionBuilder(engine, params, body), prompts, bool(body.stream))
+        return answer(engine, admission, CompletionBuilder(engine, params, body), prompts, bool(body.stream))
 
     @app.post("/v1/chat/completions")
     def chat_completions() -> flask.Response:
@@ -80,7 +77,7 @@ def _add_generation_routes(app: flask.Flask, engine: EngineLoop, admission: Admi
         _check_model(engine, body.model)
         params = body.params(engine.default_params)
         prompt = chat_prompt(engine, [m.as_dict for m in body.messages], body.add_generation_prompt is not False)
-        return _answer(engine, admission, ChatBuilder(engine, params, body), [prompt], bool(body.stream))
+        return answer(engine, admission, ChatBuilder(engine, params, body), [prompt], bool(body.stream))
 
 
 def _add_text_routes(app: flask.Flask, engine: EngineLoop) -> None:
@@ -194,86 +191,6 @@ def _error_response(error: ApiError) -> flask.Response:
     return response
 
 
-def _answer(
-    engine: EngineLoop,
-    admission: Admission,
-    builder: ResponseBuilder,
-    prompts: Iterable[str | list[int]],
-    streams_answer: bool,
-) -> flask.Response:
-    """Run the prompts; a whole answer, or one that is streamed. Counted in `admission` until it is sent."""
-    admission.enter()
-    try:
-        connection = Connection(flask.request.environ)
-        _submit(engine, connection, prompts, builder.params, "delta" if streams_answer else "final")
-        outputs = connection.outputs()
-        if streams_answer:
-            events = _events(builder, outputs)
-            first = next(events)  # what fails before the first token is an HTTP error with its own status
-            response = flask.Response(_server_sent(first, events), content_type="text/event-stream; charset=utf-8")
-            response.headers["Cache-Control"] = "no-cache"
-            response.headers["X-Accel-Buffering"] = "no"
-            response.call_on_close(outputs.close)
-        else:
-            response = flask.jsonify(_whole(builder, outputs))
-    except BaseException:
-        admission.leave()
-        raise
-    response.call_on_close(admission.leave)
-    return response
-
-
-def _submit(
-    engine: EngineLoop,
-    connection: Connection,
-    prompts: Iterable[str | list[int]],
-    params: SamplingParams,
-    kind: Literal["delta", "final"],
-) -> None:
-    try:
-        for prompt in prompts:
-            stream = engine.submit(prompt, params, output_kind=kind, on_event=connection.notify)
-            connection.streams.append(stream)
-    except BaseException as error:
-        connection.abort()
-        if isinstance(error, ValueError):
-            raise bad_value(error, {*SAMPLING_FIELDS, "prompt", "prompt_token_ids"}) from None
-        raise
-
-
-def _whole(builder: ResponseBuilder, outputs: Outputs) -> dict[str, Any]:
-    choices = [choice for i, output in outputs for choice in builder.choices(i, output, streaming=False)]
-    if any(choice["finish_reason"] == "abort" for choice in choices):
-        raise ApiError(503, "the request was aborted: the server is shutting down", code="aborted")
-    return builder.response(sorted(choices, key=lambda choice: choice["index"]))
-
-
-def _events(builder: ResponseBuilder, outputs: Outputs) -> Iterator[dict[str, Any]]:
-    """The stream's payloads, one choice each as OpenAI sends them."""
-    for i, output in outputs:
-        for choice in builder.choices(i, output, streaming=True):
-            yield builder.chunk([choice])
-    if builder.include_usage:
-        yield builder.usage_chunk()
-
-
-def _server_sent(first: dict[str, Any], events: Iterator[dict[str, Any]]) -> Iterator[bytes]:
-    """Server-sent events; an error after the first one is an event itself, then the stream ends as any other."""
-    yield _event(first)
-    try:
-        for event in events:
-            yield _event(event)
-    except ClientGone:
-        return
-    except (EngineBusy, EngineDead, RequestFailed) as error:
-        yield _event(engine_error(error).body)
-    yield b"data: [DONE]\n\n"
-
-
-def _event(payload: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
 def _body() -> bytes:
     kind = flask.request.mimetype
     if kind and not kind.endswith("json"):
@@ -292,13 +209,6 @@ def _tokenizer(engine: EngineLoop) -> Any:
     if engine.tokenizer is None:
         raise ApiError(400, "prompt: this server has no tokenizer, so prompts must be token ids", param="prompt")
     return engine.tokenizer
-
-
-def _without_text(engine: EngineLoop, params: SamplingParams) -> SamplingParams:
-    """Without a tokenizer no text can be made, hence no stop string found."""
-    if engine.tokenizer is None and params.stop:
-        raise ApiError(400, "stop: this server has no tokenizer, so it cannot find stop strings", param="stop")
-    return params
 
 
 def chat_prompt(engine: EngineLoop, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:

@@ -128,7 +128,7 @@ def needs_full(params: SamplingParams) -> bool:
 
 
 def _has_filters(params: SamplingParams) -> bool:
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    return not params.is_greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -144,7 +144,8 @@ def row_constants(seq: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     p = seq.params
     ints = [0, 0, max(p.top_k, 0), _has_bias(p), seq.seed >> 32 & 0xFFFFFFFF, seq.seed & 0xFFFFFFFF]
     floats = np.array([getattr(p, name) for name in FLOATS], np.float32)
-    flags = [p.temperature > 0, _has_filters(p), _has_penalties(p), _has_bias(p), p.logprobs is not None]
+    floats[FLOATS.index("temperature")] *= not p.is_greedy
+    flags = [not p.is_greedy, _has_filters(p), _has_penalties(p), _has_bias(p), p.logprobs is not None]
     return np.array(ints, np.uint32).view(np.int32), floats.view(np.int32), np.array(flags, np.int32)
 
 

@@ -171,7 +171,10 @@ class _JsonErrorTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        body = flask.json.dumps(ApiError(error.code, f"{error.reason}: {error.body}").body).encode()
+        message = f"{error.reason}: {error.body}"
+        if error.code == 413:
+            message = f"the body is larger than {self.channel.adj.max_request_body_size - 1} bytes"
+        body = flask.json.dumps(ApiError(error.code, message).body).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from paged_cases import dense_decode, make_case, random_queries, relative_error
 

@@ -24,6 +24,7 @@ class ByteTokenizer:
     """One token a byte."""
 
     vocab_size = VOCAB
+    special_ids = frozenset({BOS, EOS})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())

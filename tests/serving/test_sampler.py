@@ -60,7 +60,7 @@ def test_top_k(run, logits, state, k: int) -> None:
     assert len(drawn) > min(k, 20) // 2
 
 
-@pytest.mark.parametrize("p", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.5, 0.9])
 def test_top_p_is_the_smallest_set_that_reaches_p(run, logits, state, p: float) -> None:
     order = np.argsort(np.asarray(logits[0]))[::-1]
     mass = np.cumsum(softmax(np.asarray(logits[0]))[order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,6 +10,9 @@ import flask.testing
 import pytest
 from fake_engine import BOS, FakeEngine
 
+from paddock.serving.bodies import CompletionBody
+from paddock.serving.outputs import CompletionOutput, RequestOutput, RequestTimes
+from paddock.serving.responses import CompletionBuilder
 from paddock.serving.server import create_app
 
 
@@ -120,6 +124,8 @@ def test_echo_puts_the_prompt_first(client):
     assert choice["logprobs"]["tokens"] == ["<s>", "a", "b", "c", "a", "b"]
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5, -0.5, -0.5]
     assert choice["logprobs"]["top_logprobs"][:2] == [None, {"a": -0.5}]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 3, 4]
+    assert "prompt_logprobs" not in choice
 
 
 def test_echo_with_no_new_token_scores_the_prompt(client):
@@ -441,7 +447,8 @@ def test_an_internal_error_keeps_openais_body(client, engine):
     assert "AttributeError" in error_of(client.get("/metrics"), 500)["message"]
 
 
-def test_a_stream_that_nobody_reads_to_its_end_is_aborted(engine):
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_a_stream_that_nobody_reads_to_its_end_is_aborted(engine, num_read):
     engine.pace = True
     client = create_app(engine).test_client()
     app = client.application
@@ -457,11 +464,26 @@ def test_a_stream_that_nobody_reads_to_its_end_is_aborted(engine):
 
     engine.submit = submit
     body = app(environ, lambda status, headers, exc_info=None: None)
-    assert b'"text":"a"' in next(iter(body))
+    for _ in range(num_read):
+        assert b'"text":"a"' in next(iter(body))
     assert app.extensions["paddock"].active == 1
     body.close()
     assert engine.streams[0].aborted.is_set()
     assert app.extensions["paddock"].active == 0
+
+
+def test_an_output_that_has_ended_is_not_sent_again(engine):
+    body = CompletionBody(prompt="a", n=2)
+    builder = CompletionBuilder(engine, body.params(engine.default_params), body)
+
+    def chunk(*outputs: CompletionOutput) -> list[tuple[int, str]]:
+        output = RequestOutput("id", "a", [97], list(outputs), False, RequestTimes(0.0))
+        return [(choice["index"], choice["text"]) for choice in builder.choices(0, output, streaming=True)]
+
+    ended = CompletionOutput(0, finish_reason="stop")
+    assert chunk(dataclasses.replace(ended, text="x", token_ids=[5]), CompletionOutput(1)) == [(0, "x")]
+    assert chunk(ended, CompletionOutput(1, "y", [6])) == [(1, "y")]
+    assert builder.usage()["completion_tokens"] == 2
 
 
 def test_requests_beyond_the_limit_and_while_draining_are_refused(engine):

@@ -165,7 +165,7 @@ def test_a_large_body_is_refused_by_its_announced_length(engine, server):
         client.sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 52428800\r\n\r\n")
         head, _, body = client.read_all().partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 413")
-        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        assert json.loads(body)["error"]["message"] == "the body is larger than 8388608 bytes"
     assert not engine.streams
 
 
@@ -195,6 +195,28 @@ def test_what_is_not_http_gets_openais_error_body(server):
         head, _, body = client.read_all().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert "Content-Length" in json.loads(body)["error"]["message"]
+
+
+def test_closing_lets_running_responses_end(engine):
+    server = HttpServer(create_app(engine, max_concurrent_requests=8), bind("127.0.0.1", 0))
+    closer = threading.Thread(target=server.close, args=(DEADLINE,))
+    with Client(server.port) as client:
+        client.post(stream=True)
+        (stream,) = engine.wait_for_streams(1)
+        stream.allow(1)
+        client.read_until(b'"text":"a"')
+        closer.start()
+        wait_until(lambda: is_refused(server.port))
+        stream.allow(5)
+        assert client.read_all().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    closer.join(DEADLINE)
+    assert not closer.is_alive()
+
+
+def is_refused(port: int) -> bool:
+    with Client(port) as late:
+        late.post()
+        return b"shutting down" in late.read_until(b"engine_busy")
 
 
 def test_a_port_in_use_is_a_value_error(server):
