@@ -65,7 +65,7 @@ def param_parts(dims: Dims) -> dict[str, tuple[Part, ...]]:
 
     def gate_up(kind: str, tail: tuple[int, ...]) -> tuple[Part, ...]:
         both = enumerate(("gate", "up"))
-        return tuple(Part(f"mlp.{name}_proj.{kind}", (F, *tail), (1, F, *tail), start=i) for i, name in both)
+        return tuple(Part(f"mlp.{name}_proj.{kind}", (F, *tail), (F, 1, *tail), axis=1, start=i) for i, name in both)
 
     layer: dict[str, tuple[Part, ...]] = {
         "attention_norm": (Part("input_layernorm.weight", (D,), (D,)),),

@@ -8,6 +8,7 @@ Weights keep the checkpoint's [out, in] order: loading is a reshape, and product
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,15 @@ from .rope import apply_rope, cos_sin
 Params = Mapping[str, jax.Array]
 # (layer, q [T K G h], k [T K h], v [T K h]) -> [T K G h]; it sees to it that k and v are kept for later steps.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def project(x: Float[Array, "T D"], weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """x times the rows of `weight` [..., D], as [T, ...].
+
+    Always a product of two matrices: with more axes XLA's CPU backend copies the weight, transposed, at every step.
+    """
+    out = jnp.einsum("td,nd->tn", x, weight.reshape(-1, weight.shape[-1]), preferred_element_type=dtype)
+    return out.reshape(x.shape[0], *weight.shape[:-1])
 
 
 class RMSNorm(nnx.Module):
@@ -53,7 +63,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array]
     ) -> Float[Array, "T D"]:
-        qkv = jnp.einsum("td,kjhd->tkjh", x, self.qkv[...])
+        qkv = project(x, self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...][None]
         num_tokens, kv_heads, _, head_dim = qkv.shape
@@ -61,12 +71,13 @@ class Attention(nnx.Module):
         rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
         rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
         mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
-        out = jnp.einsum("tkgh,dkgh->td", mixed, self.out[...])
+        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(x.shape[-1], -1))
         return out if self.out_bias is None else out + self.out_bias[...][None]
 
 
 class Mlp(nnx.Module):
-    """SwiGLU (Shazeer 2020) with gate and up in one product; `gate_up` is [2, F, D]."""
+    """SwiGLU (Shazeer 2020) with gate and up in one product; `gate_up` is [F, 2, D], so that splitting F keeps each
+    gate with its up and [F 2] folds into one axis on every device."""
 
     def __init__(self, params: Params, config: LlamaConfig):
         self.gate_up = nnx.Param(params["gate_up"])
@@ -75,11 +86,11 @@ class Mlp(nnx.Module):
         self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        both = jnp.einsum("td,cfd->tcf", x, self.gate_up[...])
+        both = project(x, self.gate_up[...])
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[...][None]
-        hidden = jax.nn.silu(both[:, 0]) * both[:, 1]
-        out = jnp.einsum("tf,df->td", hidden, self.down[...])
+        hidden = jax.nn.silu(both[..., 0]) * both[..., 1]
+        out = project(hidden, self.down[...])
         return out if self.down_bias is None else out + self.down_bias[...][None]
 
 
@@ -127,7 +138,7 @@ class Llama(nnx.Module):
         """Float32 logits over the padded vocabulary; the padding is -inf."""
         with jax.named_scope("head"):
             head = self.embed if self.head is None else self.head
-            logits = jnp.einsum("td,vd->tv", x, head[...], preferred_element_type=jnp.float32)
+            logits = project(x, head[...], dtype=jnp.float32)
             if logits.shape[1] == self.config.vocab_size:
                 return logits
             is_token = jnp.arange(logits.shape[1]) < self.config.vocab_size

@@ -77,14 +77,14 @@ def param_specs(config: LlamaConfig, layout: Layout | None = None, dtype: Any = 
         "qkv": ((K, G + 2, h, D), ("kv_heads", None, "head_dim", "embed")),
         "out": ((D, K, G, h), ("embed", "kv_heads", None, "head_dim")),
         "mlp_norm": ((D,), ("embed",)),
-        "gate_up": ((2, F, D), (None, "mlp", "embed")),
+        "gate_up": ((F, 2, D), ("mlp", None, "embed")),
         "down": ((D, F), ("embed", "mlp")),
     }
     if config.attention_bias:
         layer["qkv_bias"] = ((K, G + 2, h), ("kv_heads", None, "head_dim"))
         layer["out_bias"] = ((D,), ("embed",))
     if config.mlp_bias:
-        layer["gate_up_bias"] = ((2, F), (None, "mlp"))
+        layer["gate_up_bias"] = ((F, 2), ("mlp", None))
         layer["down_bias"] = ((D,), ("embed",))
     table: dict[str, tuple[tuple[int, ...], LogicalAxes]] = {
         "embed": ((V, D), ("vocab", "embed")),

@@ -48,10 +48,9 @@ class BucketTable:
 
     @classmethod
     def of(cls, *, max_num_seqs: int, max_num_batched_tokens: int, max_chunks: int, on_cpu: bool) -> BucketTable:
-        # CPU compiles are slow and its branches cheap: one variant with branches in it, and steps of four.
-        factor = 4 if on_cpu else 2
+        # Branches are cheap on CPU: one variant with all of them in it.
         return cls(
-            decodes=_ladder(1, max_num_seqs, factor),
+            decodes=_ladder(1, max_num_seqs, 2),
             chunk_tokens=_ladder(min(32 if on_cpu else 128, max_num_batched_tokens), max_num_batched_tokens, 4),
             max_chunks=max_chunks,
             variants=(True,) if on_cpu else (False, True),

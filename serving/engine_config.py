@@ -36,7 +36,7 @@ class EngineConfig:
     mesh: str = option("", "device mesh, as in 'tensor=4'")
     rules: str = option("", "sharding rules over the defaults, as in 'mlp=tensor,vocab='")
     tensor_parallel_size: int = option(1, "shorthand for --mesh tensor=N", short="-tp")
-    block_size: int = option(16, "tokens per KV cache page")
+    block_size: int = option(64, "tokens per KV cache page")
     gpu_memory_utilization: float = option(0.9, "share of each accelerator's memory to use")
     kv_cache_memory_bytes: int | None = option(
         None, "bytes of KV cache per device; auto: what is left of the GPU, or 10% of RAM (at most 4 GiB) on CPU"

@@ -126,8 +126,15 @@ class Executor:
             bucket: functools.partial(compile_step, bucket) for bucket in self._packings
         }
         jobs |= {"edit_bias": compile_bias, "score": compile_score}
+        # Without this float32 products may run in TF32 on a GPU, and tokens would depend on the card.
+        precision = "highest" if self.params["embed"].dtype == jnp.float32 else None
+
+        def run(job: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
+            with jax.default_matmul_precision(precision):
+                return job()
+
         with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            futures = {pool.submit(job): key for key, job in jobs.items()}
+            futures = {pool.submit(run, job): key for key, job in jobs.items()}
             done = concurrent.futures.as_completed(futures)
             bar = tqdm(done, total=len(futures), desc="Compiling steps", unit="step", disable=not progress)
             return {futures[future]: future.result() for future in bar}

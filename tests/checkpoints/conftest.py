@@ -133,7 +133,7 @@ def expected(config: LlamaConfig, tensors: Tensors) -> Callable[[int, int], Tens
                 suffix = "" if kind == "weight" else "_bias"
                 arrays[f"layers.{i}.qkv{suffix}"] = np.stack(heads)
                 gate_up = [layer[f"mlp.{name}_proj.{kind}"] for name in ("gate", "up")]
-                arrays[f"layers.{i}.gate_up{suffix}"] = np.stack(gate_up)
+                arrays[f"layers.{i}.gate_up{suffix}"] = np.stack(gate_up, axis=1)
                 arrays[f"layers.{i}.down{suffix}"] = layer[f"mlp.down_proj.{kind}"]
             out = layer["self_attn.o_proj.weight"]
             arrays[f"layers.{i}.out"] = np.stack([row.reshape(K, G, h) for row in out])
