@@ -12,10 +12,18 @@ _BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq
 
 Slices = tuple[slice, ...]
 
+# Checkpoints keep matrices as [out, in], ours are [in, out]: our axes, as axes of the arrays that `param_parts` makes.
+_ORDER = {"qkv": (3, 0, 1, 2), "out": (1, 2, 3, 0), "gate_up": (2, 0, 1), "down": (1, 0)}
+
+
+def order_of(name: str, rank: int) -> tuple[int, ...]:
+    """The transposition that turns array `name`, as its parts make it, into ours."""
+    return _ORDER.get(name.rpartition(".")[2], tuple(range(rank)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A Hugging Face tensor and the block of one of our arrays that it fills.
+    """A Hugging Face tensor and the block that it fills of one of our arrays, before `order_of`.
 
     The tensor's `shape`, reshaped to `view` (no copy: both keep the [out, in] order) and with each row of axis 0
     taken `repeat` times, is the block that begins at `start` on `axis` and at 0 on the other axes. What no part of an
@@ -49,7 +57,7 @@ class Part:
 
 
 def param_parts(dims: Dims) -> dict[str, tuple[Part, ...]]:
-    """For every array of `param_specs`, in its order: the tensors that it is made of."""
+    """For every array of `param_specs`, in its order: the tensors that it is made of, [out, in] as they are."""
     config = dims.config
     D, F, h, H, V = config.embed_dim, config.mlp_dim, config.head_dim, config.num_heads, config.vocab_size
     K, G = dims.kv_heads, dims.group

@@ -19,7 +19,7 @@ from paddock.sharding import ArraySpec, Layout
 from .canonical import contract
 from .errors import CheckpointError
 from .json_file import read_json, write_json
-from .names import Part, Slices, is_ignored, param_parts
+from .names import Part, Slices, is_ignored, order_of, param_parts
 from .safetensors_file import FLOATS, SafetensorsFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -117,13 +117,18 @@ def load_params(
     # delay: no bar at all for what is over in a second.
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
         for name, spec in specs.items():
-            params[name] = _place(source, parts[name], spec, shardings[name])
+            order = order_of(name, len(spec.shape))
+            params[name] = _place(source, parts[name], order, spec, shardings[name])
             bar.update(spec.num_bytes)
     return params
 
 
 def _place(
-    source: SafetensorsFolder, parts: tuple[Part, ...], spec: ArraySpec, sharding: jax.sharding.NamedSharding
+    source: SafetensorsFolder,
+    parts: tuple[Part, ...],
+    order: tuple[int, ...],
+    spec: ArraySpec,
+    sharding: jax.sharding.NamedSharding,
 ) -> jax.Array:
     # Not make_array_from_callback: it holds every device's piece until the last is read, copies of one piece included.
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -132,7 +137,8 @@ def _place(
         devices.setdefault(tuple(bounds), []).append(device)
     shards = []
     for piece, holders in devices.items():
-        host = source.read(parts, tuple(slice(*bounds) for bounds in piece), np.dtype(spec.dtype))
+        stored = [piece[order.index(axis)] for axis in range(len(order))]
+        host = source.read(parts, tuple(slice(*bounds) for bounds in stored), np.dtype(spec.dtype)).transpose(order)
         shards += jax.block_until_ready([jax.device_put(host, device) for device in holders])
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
@@ -146,6 +152,7 @@ def save_safetensors(folder: Path, config: LlamaConfig, params: Mapping[str, jax
     tensors: dict[str, np.ndarray] = {}
     for name, parts in param_parts(Dims.of(config)).items():
         array = np.asarray(contract(name, params[name], config)).astype(jnp.dtype(config.dtype))
+        array = array.transpose(np.argsort(order_of(name, array.ndim)))
         tensors |= {part.tensor: np.ascontiguousarray(array[part.block]).reshape(part.shape) for part in parts}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

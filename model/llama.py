@@ -2,13 +2,12 @@
 
 A batch is always a flat list of T tokens, whichever sequences they belong to: all layers but attention treat tokens
 alone, and attention is a function given by the caller (`Attend`), so that the model knows no cache and no schedule.
-Weights keep the checkpoint's [out, in] order: loading is a reshape, and products read them along their rows.
+Matrices are [in, out]; the embedding and the head are [V, D].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +24,13 @@ Params = Mapping[str, jax.Array]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def project(x: Float[Array, "T D"], weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """x times the rows of `weight` [..., D], as [T, ...].
+def project(x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
+    """x times `weight` [D, ...], as [T, ...].
 
     Always a product of two matrices: with more axes XLA's CPU backend copies the weight, transposed, at every step.
     """
-    out = jnp.einsum("td,nd->tn", x, weight.reshape(-1, weight.shape[-1]), preferred_element_type=dtype)
-    return out.reshape(x.shape[0], *weight.shape[:-1])
+    out = x @ weight.reshape(weight.shape[0], -1)
+    return out.reshape(x.shape[0], *weight.shape[1:])
 
 
 class RMSNorm(nnx.Module):
@@ -50,8 +49,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with one fused product for queries, keys and values.
 
-    `qkv` is [K, G+2, h, D]: for each kv head its G query heads, then its key, then its value, so that splitting K
-    over devices keeps each group together.
+    `qkv` is [D, K, G+2, h]: for each kv head its G query heads, then its key, then its value, so that splitting K
+    over devices keeps each group together. `out` is [K, G, h, D].
     """
 
     def __init__(self, params: Params, config: LlamaConfig):
@@ -71,12 +70,12 @@ class Attention(nnx.Module):
         rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
         rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
         mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
-        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(x.shape[-1], -1))
+        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
         return out if self.out_bias is None else out + self.out_bias[...][None]
 
 
 class Mlp(nnx.Module):
-    """SwiGLU (Shazeer 2020) with gate and up in one product; `gate_up` is [F, 2, D], so that splitting F keeps each
+    """SwiGLU (Shazeer 2020) with gate and up in one product; `gate_up` is [D, F, 2], so that splitting F keeps each
     gate with its up and [F 2] folds into one axis on every device."""
 
     def __init__(self, params: Params, config: LlamaConfig):
@@ -138,7 +137,7 @@ class Llama(nnx.Module):
         """Float32 logits over the padded vocabulary; the padding is -inf."""
         with jax.named_scope("head"):
             head = self.embed if self.head is None else self.head
-            logits = project(x, head[...], dtype=jnp.float32)
+            logits = jnp.einsum("td,vd->tv", x, head[...], preferred_element_type=jnp.float32)
             if logits.shape[1] == self.config.vocab_size:
                 return logits
             is_token = jnp.arange(logits.shape[1]) < self.config.vocab_size

@@ -74,11 +74,11 @@ def param_specs(config: LlamaConfig, layout: Layout | None = None, dtype: Any = 
     D, F, h, K, G, V = config.embed_dim, config.mlp_dim, config.head_dim, dims.kv_heads, dims.group, dims.vocab
     layer: dict[str, tuple[tuple[int, ...], LogicalAxes]] = {
         "attention_norm": ((D,), ("embed",)),
-        "qkv": ((K, G + 2, h, D), ("kv_heads", None, "head_dim", "embed")),
-        "out": ((D, K, G, h), ("embed", "kv_heads", None, "head_dim")),
+        "qkv": ((D, K, G + 2, h), ("embed", "kv_heads", None, "head_dim")),
+        "out": ((K, G, h, D), ("kv_heads", None, "head_dim", "embed")),
         "mlp_norm": ((D,), ("embed",)),
-        "gate_up": ((F, 2, D), ("mlp", None, "embed")),
-        "down": ((D, F), ("embed", "mlp")),
+        "gate_up": ((D, F, 2), ("embed", "mlp", None)),
+        "down": ((F, D), ("mlp", "embed")),
     }
     if config.attention_bias:
         layer["qkv_bias"] = ((K, G + 2, h), ("kv_heads", None, "head_dim"))

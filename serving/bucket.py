@@ -37,7 +37,7 @@ class Bucket:
 class BucketTable:
     """The buckets of an engine: few, since each is an executable.
 
-    Decoding alone has rows of many sizes; beside chunks there are none or the most there can be, because a chunk's
+    Decoding alone has rows of many sizes, powers of two and three quarters of the largest; beside chunks there are none or the most there can be, because a chunk's
     products dwarf those of padded rows.
     """
 
@@ -50,7 +50,7 @@ class BucketTable:
     def of(cls, *, max_num_seqs: int, max_num_batched_tokens: int, max_chunks: int, on_cpu: bool) -> BucketTable:
         # Branches are cheap on CPU: one variant with all of them in it.
         return cls(
-            decodes=_ladder(1, max_num_seqs, 2),
+            decodes=tuple(sorted({*_ladder(1, max_num_seqs, 2), max(1, max_num_seqs * 3 // 4)})),
             chunk_tokens=_ladder(min(32 if on_cpu else 128, max_num_batched_tokens), max_num_batched_tokens, 4),
             max_chunks=max_chunks,
             variants=(True,) if on_cpu else (False, True),

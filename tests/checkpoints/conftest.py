@@ -124,6 +124,7 @@ def expected(config: LlamaConfig, tensors: Tensors) -> Callable[[int, int], Tens
                 if name.startswith(f"model.layers.{i}.")
             }
             for kind in ("weight", "bias"):
+                in_first = (lambda x: np.moveaxis(x, -1, 0)) if kind == "weight" else (lambda x: x)
                 q, k, v = (layer[f"self_attn.{name}_proj.{kind}"] for name in "qkv")
                 heads = []
                 for kv in range(K):
@@ -131,12 +132,12 @@ def expected(config: LlamaConfig, tensors: Tensors) -> Callable[[int, int], Tens
                     group = [q[j * h : (j + 1) * h] for j in range(kv * G, (kv + 1) * G)]
                     heads.append(np.stack([*group, k[own * h : (own + 1) * h], v[own * h : (own + 1) * h]]))
                 suffix = "" if kind == "weight" else "_bias"
-                arrays[f"layers.{i}.qkv{suffix}"] = np.stack(heads)
+                arrays[f"layers.{i}.qkv{suffix}"] = in_first(np.stack(heads))
                 gate_up = [layer[f"mlp.{name}_proj.{kind}"] for name in ("gate", "up")]
-                arrays[f"layers.{i}.gate_up{suffix}"] = np.stack(gate_up, axis=1)
-                arrays[f"layers.{i}.down{suffix}"] = layer[f"mlp.down_proj.{kind}"]
+                arrays[f"layers.{i}.gate_up{suffix}"] = in_first(np.stack(gate_up, axis=1))
+                arrays[f"layers.{i}.down{suffix}"] = in_first(layer[f"mlp.down_proj.{kind}"])
             out = layer["self_attn.o_proj.weight"]
-            arrays[f"layers.{i}.out"] = np.stack([row.reshape(K, G, h) for row in out])
+            arrays[f"layers.{i}.out"] = np.stack([row.reshape(K, G, h) for row in out], axis=-1)
             arrays[f"layers.{i}.out_bias"] = layer["self_attn.o_proj.bias"]
             arrays[f"layers.{i}.attention_norm"] = layer["input_layernorm.weight"]
             arrays[f"layers.{i}.mlp_norm"] = layer["post_attention_layernorm.weight"]

@@ -132,7 +132,7 @@ def test_a_folder_that_holds_anything_is_refused(config, folder, tmp_path):
     [
         ({"tie_embeddings": True}, "array 'head' is not part of the model"),
         ({"num_layers": 3}, r"array 'layers.2.attention_norm' of shape \[24\] is missing"),
-        ({"mlp_dim": 48}, r"array 'layers.\d.gate_up' has shape \[40, 2, 24\]; config.json asks for \[48, 2, 24\]"),
+        ({"mlp_dim": 48}, r"array 'layers.\d.gate_up' has shape \[24, 40, 2\]; config.json asks for \[24, 48, 2\]"),
     ],
     ids=["extra", "missing", "misshapen"],
 )
