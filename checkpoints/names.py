@@ -25,7 +25,7 @@ def order_of(name: str, rank: int) -> tuple[int, ...]:
 class Part:
     """A Hugging Face tensor and the block that it fills of one of our arrays, before `order_of`.
 
-    The tensor's `shape`, reshaped to `view` (no copy: both keep the [out, in] order) and with each row of axis 0
+    The tensor's `shape`, reshaped to `view` (no copy: neither is transposed yet) and with each row of axis 0
     taken `repeat` times, is the block that begins at `start` on `axis` and at 0 on the other axes. What no part of an
     array fills (the padding of the vocabulary) is zero.
     """

@@ -15,7 +15,6 @@ from .errors import EngineBusy, EngineDead, RequestFailed
 from .outputs import RequestOutput
 from .protocol import SAMPLING_FIELDS
 from .responses import ResponseBuilder
-from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from .engine_loop import EngineLoop
@@ -34,7 +33,7 @@ def answer(
     admission.enter()
     try:
         connection = Connection(flask.request.environ)
-        _submit(engine, connection, prompts, builder.params, "delta" if streams_answer else "final")
+        _submit(engine, connection, prompts, builder, "delta" if streams_answer else "final")
         outputs = connection.outputs()
         if streams_answer:
             events = _events(builder, outputs)
@@ -56,12 +55,15 @@ def _submit(
     engine: EngineLoop,
     connection: Connection,
     prompts: Iterable[str | list[int]],
-    params: SamplingParams,
+    builder: ResponseBuilder,
     kind: Literal["delta", "final"],
 ) -> None:
     try:
-        for prompt in prompts:
-            stream = engine.submit(prompt, params, output_kind=kind, on_event=connection.notify)
+        for index, prompt in enumerate(prompts):
+            request_id = f"{builder.id}-{index}"
+            stream = engine.submit(
+                prompt, builder.params, request_id=request_id, output_kind=kind, on_event=connection.notify
+            )
             connection.streams.append(stream)
     except BaseException as error:
         connection.abort()

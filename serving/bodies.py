@@ -10,7 +10,8 @@ from .api_errors import ApiError
 from .protocol import Body, GenerationBody, is_list_of
 from .sampling_params import SamplingParams
 
-MAX_PROMPTS = 1024
+# Prompts times n: what one request may put into the queue.
+MAX_SEQUENCES = 1024
 
 
 class CompletionBody(GenerationBody):
@@ -27,8 +28,8 @@ class CompletionBody(GenerationBody):
         prompts = prompt if isinstance(prompt, list) and prompt and not is_list_of(prompt, int) else [prompt]
         if not is_list_of(prompts, str) and not all(is_list_of(item, int) for item in prompts):
             raise ValueError("must be a string, a list of strings, token ids, or a list of lists of token ids")
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"holds {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed")
+        if len(prompts) > MAX_SEQUENCES:
+            raise ValueError(f"holds {len(prompts)} prompts; at most {MAX_SEQUENCES} are allowed")
         if not all(prompts):
             raise ValueError("is empty")
         return prompts
@@ -48,7 +49,11 @@ class CompletionBody(GenerationBody):
         if self.only_scores:
             # The engine samples at least one token; the response leaves it out.
             overrides |= {"max_tokens": 1, "min_tokens": 0, "stop": None}
-        return self.sampling_params(defaults, **overrides)
+        params = self.sampling_params(defaults, **overrides)
+        if len(self.prompt) * params.n > MAX_SEQUENCES:
+            wanted = f"n {params.n} with {len(self.prompt)} prompts makes {params.n * len(self.prompt)} outputs"
+            raise ApiError(400, f"{wanted}; at most {MAX_SEQUENCES} are allowed", param="n")
+        return params
 
 
 class ChatMessage(pydantic.BaseModel):

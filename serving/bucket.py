@@ -25,10 +25,6 @@ class Bucket:
         """Rows that sample: the decoding ones, then one per chunk."""
         return self.decodes + self.chunks
 
-    @property
-    def num_tokens(self) -> int:
-        return self.decodes + self.chunk_tokens
-
     def __str__(self) -> str:
         return f"{self.decodes}+{self.chunk_tokens}" + ("f" if self.full else "")
 
@@ -37,8 +33,8 @@ class Bucket:
 class BucketTable:
     """The buckets of an engine: few, since each is an executable.
 
-    Decoding alone has rows of many sizes, powers of two and three quarters of the largest; beside chunks there are none or the most there can be, because a chunk's
-    products dwarf those of padded rows.
+    Decoding alone has rows of many sizes, powers of two and three quarters of the largest; beside chunks there are none
+    or the most there can be, because a chunk's products dwarf those of padded rows.
     """
 
     decodes: tuple[int, ...]
@@ -51,7 +47,7 @@ class BucketTable:
         # Branches are cheap on CPU: one variant with all of them in it.
         return cls(
             decodes=tuple(sorted({*_ladder(1, max_num_seqs, 2), max(1, max_num_seqs * 3 // 4)})),
-            chunk_tokens=_ladder(min(32 if on_cpu else 128, max_num_batched_tokens), max_num_batched_tokens, 4),
+            chunk_tokens=_ladder(min(64, max_num_batched_tokens), max_num_batched_tokens, 8),
             max_chunks=max_chunks,
             variants=(True,) if on_cpu else (False, True),
         )

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .errors import EngineDead
 from .executor import SampledToken, StepFuture
@@ -19,6 +19,7 @@ from .sequence import Sequence, SequenceStatus
 logger = logging.getLogger("paddock")
 
 
+@runtime_checkable
 class StepRunner(Protocol):
     """What the engine asks of the device side (`Executor`; tests bring their own)."""
 
@@ -47,8 +48,9 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]] = dataclasses.field(default_factory=list)
     failed: list[Sequence] = dataclasses.field(default_factory=list)
     error: str = ""
-    # Bucket of the step whose tokens were read, None when none was.
+    # Bucket and tokens of the step that was read, None when none was.
     bucket: str | None = None
+    num_tokens: int = 0
 
 
 class Engine:
@@ -68,9 +70,6 @@ class Engine:
         limits, num_prompt = self.limits, len(prompt_token_ids)
         if not num_prompt:
             raise ValueError("prompt is empty: there must be at least one token")
-        bad = next((t for t in prompt_token_ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"prompt_token_ids holds {bad!r}, but token ids are 0 to {limits.vocab_size - 1}")
         if num_prompt >= limits.max_model_len:
             raise ValueError(
                 f"prompt has {num_prompt} tokens, but prompt and output together may have {limits.max_model_len}"
@@ -80,17 +79,19 @@ class Engine:
                 f"max_tokens {params.max_tokens} with a prompt of {num_prompt} tokens goes beyond the context of "
                 f"{limits.max_model_len} tokens"
             )
+        bad = next((t for t in prompt_token_ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"prompt_token_ids holds {bad!r}, but token ids are 0 to {limits.vocab_size - 1}")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > limits.max_logprobs:
                 raise ValueError(f"{name} {getattr(params, name)} is more than max_logprobs {limits.max_logprobs}")
         for name in ("stop_token_ids", "logit_bias"):
-            high = max(getattr(params, name) or (0,))
-            if high >= limits.vocab_size or min(getattr(params, name) or (0,)) < 0:
-                raise ValueError(f"{name} names token {high}, but token ids are 0 to {limits.vocab_size - 1}")
+            bad = next((t for t in getattr(params, name) or () if not 0 <= t < limits.vocab_size), None)
+            if bad is not None:
+                raise ValueError(f"{name} names token {bad}, but token ids are 0 to {limits.vocab_size - 1}")
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
-        """Queue a request's `n` sequences. Raises ValueError as `check` does."""
-        self.check(prompt_token_ids, params)
+        """Queue the `n` sequences of a request that `check` let pass."""
         room = self.limits.max_model_len - len(prompt_token_ids)
         stops = frozenset(params.stop_token_ids or ())
         sequences = []
@@ -120,6 +121,10 @@ class Engine:
     def is_idle(self) -> bool:
         return self.scheduler.is_idle and self._pending is None
 
+    def close(self) -> None:
+        """Let go of the step on its way."""
+        self._pending = None
+
     def step(self) -> StepResult:
         """One turn. Raises EngineDead when the device cannot be brought back after a failure."""
         schedule = self.scheduler.schedule()
@@ -146,7 +151,9 @@ class Engine:
 
     def _commit(self, result: StepResult, future: StepFuture) -> None:
         tokens, scores = future.read(), list(future.read_prompt_logprobs())
-        result.bucket = str(future.bucket)
+        result.bucket, result.num_tokens = str(future.bucket), future.num_tokens
+        for seq, position, _ in scores:
+            seq.num_prompt_scored = max(seq.num_prompt_scored, position)
         result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
         for sampled in tokens:
             seq, token = sampled.seq, sampled.token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
 
@@ -13,7 +14,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """What the user asked for. None means "auto": resolved once, while the engine starts, and logged."""
+    """What the user asked for. None (or "auto") where a number may be left open: resolved once, while the engine
+    starts, and logged. Raises ValueError naming the field."""
 
     model: str = option("", "model folder or Hugging Face Hub id; empty is the bundled demo model")
     revision: str | None = option(None, "branch, tag or commit of a Hub id")
@@ -50,12 +52,13 @@ class EngineConfig:
     compile_cache_dir: str | None = option(None, "folder of compiled programs; auto: ~/.cache/paddock/compiled")
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("tensor_parallel_size", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_model_len", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
+        for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if kind == int | None and value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
@@ -67,6 +70,17 @@ class EngineConfig:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {getattr(self, field.name)!r}")
         if self.tensor_parallel_size > 1 and self.mesh:
             raise ValueError("tensor_parallel_size and mesh both name a layout; give one of them")
+
+    def _check_types(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if value == "auto" and kind == int | None:
+                object.__setattr__(self, name, None)
+                continue
+            allowed = int | float if kind is float else kind
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                shown = getattr(kind, "__name__", str(kind))
+                raise ValueError(f"{name} must be of type {shown}, got {value!r}")
 
     @property
     def mesh_text(self) -> str:

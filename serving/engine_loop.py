@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import logging
 import queue
 import threading
@@ -12,6 +12,8 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from .build import build
 from .engine import Engine, StepResult
@@ -27,6 +29,19 @@ logger = logging.getLogger("paddock")
 
 # A step that takes longer than this is taken for a hang.
 STALL_SECONDS = 120.0
+# How long `shutdown` waits for the step that runs.
+JOIN_SECONDS = 15.0
+# Characters a token beyond which a prompt is measured before it is tokenized.
+LONG_TEXT = 16
+
+
+@dataclasses.dataclass
+class _Member:
+    """Whose sequence it is: output `index` of `stream`; when its last token came (monotonic seconds)."""
+
+    stream: RequestStream
+    index: int
+    last_token: float | None = None
 
 
 class EngineLoop:
@@ -43,11 +58,12 @@ class EngineLoop:
         self.model_name = config.served_model_name or config.model or "paddock-demo"
         self.created = int(time.time())
         self.tokenizer, self.chat_template = built.tokenizer, built.chat_template
-        self.default_params = SamplingParams(**built.resolved.generation.sampling_defaults())
+        self.default_params = built.resolved.default_params
         self.max_model_len = built.resolved.max_model_len
         self.vocab_size = built.resolved.model.vocab_size
         self.metrics = Metrics(self.model_name)
         self.metrics.on_compile(built.executor.num_compilations)
+        jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         for kind, num_bytes in built.executor.bytes_per_device().items():
             self.metrics.set_memory(kind, num_bytes)
         self.metrics.set_cache_config(
@@ -61,14 +77,14 @@ class EngineLoop:
     def _start(self, engine: Engine, release: Callable[[], None]) -> None:
         self.engine, self._release = engine, release
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[Sequence, tuple[RequestStream, int]] = {}
+        self._members: dict[Sequence, _Member] = {}
+        # Sequences left of each request, from `submit` on.
         self._unfinished: dict[RequestStream, int] = {}
         self._accepting, self._stopping = True, False
         self._dead: str | None = None
         self._beat = time.monotonic()
         self._num_preemptions = 0
         self._lock = threading.Lock()
-        self._ids = itertools.count()
         self._thread = threading.Thread(target=self._run, name="paddock-engine", daemon=True)
 
     # --- other threads ---
@@ -108,15 +124,22 @@ class EngineLoop:
             if not self._accepting:
                 raise EngineBusy("the engine is shutting down")
             limit = self.config.max_num_queued_reqs
-            if limit is not None and len(self.engine.scheduler.waiting) + self._inbox.qsize() >= limit:
+            if limit is not None and sum(other.times.scheduled is None for other in list(self._unfinished)) >= limit:
                 self.metrics.on_rejected()
                 raise EngineBusy(f"{limit} requests are waiting already; try again later")
+            self._unfinished[stream] = params.n
             self._inbox.put(lambda: self._admit(stream))
         return stream
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises ValueError without a tokenizer, and for a text that is too long whatever its tokens turn out to be."""
         if self.tokenizer is None:
             raise ValueError("prompt is a string, but this engine has no tokenizer: give prompt_token_ids")
+        # Tokenizing megabytes would hold up everybody; the vocabulary is only looked at for texts that are suspect.
+        if len(text) > LONG_TEXT * self.max_model_len and len(text) > self._longest_token * self.max_model_len:
+            raise ValueError(
+                f"prompt has {len(text)} characters, more than fit the context of {self.max_model_len} tokens"
+            )
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def health(self) -> str | None:
@@ -139,8 +162,11 @@ class EngineLoop:
         scheduler = self.engine.scheduler
         return {"running": len(scheduler.running), "waiting": len(scheduler.waiting)}
 
-    def shutdown(self, grace_seconds: float = 0.0) -> None:
-        """Refuse new requests, let what runs finish for `grace_seconds`, abort the rest, free the devices."""
+    def shutdown(self, grace_seconds: float = 0.0) -> bool:
+        """Refuse new requests, let those there are finish for `grace_seconds`, abort the rest, free the devices.
+
+        False: the engine's thread hangs in a step and was left behind.
+        """
         with self._lock:
             self._accepting = False
         deadline = time.monotonic() + grace_seconds
@@ -150,10 +176,21 @@ class EngineLoop:
             already, self._stopping = self._stopping, True
         if not already:
             self._inbox.put(None)
-        self._thread.join(timeout=STALL_SECONDS)
+        self._thread.join(timeout=JOIN_SECONDS)
+        return not self._thread.is_alive()
 
-    def _abort(self, stream: RequestStream, indices: list[int]) -> None:
-        self._inbox.put(lambda: self._abort_now(stream, indices))
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Most characters that one token can stand for."""
+        assert self.tokenizer is not None
+        return max(len(self.tokenizer.id_to_bytes(token)) for token in range(self.tokenizer.vocab_size))
+
+    def _abort(self, stream: RequestStream, indices: list[int], reason: str) -> None:
+        self._inbox.put(lambda: self._abort_now(stream, indices, reason))
+
+    def _note_compile(self, event: str, *_: object, **__: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.metrics.on_compile()
 
     # --- the engine's thread ---
 
@@ -169,6 +206,8 @@ class EngineLoop:
         else:
             self._die("the engine is shut down", reason="abort")
         finally:
+            jax.monitoring.unregister_event_duration_listener(self._note_compile)
+            self.engine.close()
             self._release()
 
     def _drain(self) -> bool:
@@ -180,6 +219,7 @@ class EngineLoop:
                 return True
             if command is None:
                 return False
+            self._beat = time.monotonic()
             command()
             if self.engine.is_idle:
                 self._report_load()
@@ -187,16 +227,15 @@ class EngineLoop:
     def _admit(self, stream: RequestStream) -> None:
         stream.sequences = self.engine.add(stream.prompt_token_ids, stream.params)
         for index, seq in enumerate(stream.sequences):
-            self._streams[seq] = (stream, index)
-        self._unfinished[stream] = len(stream.sequences)
+            self._members[seq] = _Member(stream, index)
 
-    def _abort_now(self, stream: RequestStream, indices: list[int]) -> None:
+    def _abort_now(self, stream: RequestStream, indices: list[int], reason: str) -> None:
         for index in indices:
             seq = stream.sequences[index]
             if seq.status is not SequenceStatus.FINISHED:
                 self.engine.abort([seq])
                 stream.put(TokenEvent(index, None, finish_reason="abort"))
-                self._forget(seq, "abort")
+                self._forget(seq, reason)
 
     def _deliver(self, result: StepResult, seconds: float) -> None:
         now = time.monotonic()
@@ -204,46 +243,46 @@ class EngineLoop:
         for seq, position, candidates in result.prompt_logprobs:
             scores[seq].append((position, candidates))
         for chunk in result.schedule.chunks:
-            times = self._streams[chunk.seq][0].times if chunk.seq in self._streams else None
-            if times is not None and times.scheduled is None:
-                times.scheduled = now - seconds
+            member = self._members.get(chunk.seq)
+            if member is not None and member.stream.times.scheduled is None:
+                member.stream.times.scheduled = now - seconds
         for sampled in result.tokens:
             seq = sampled.seq
-            stream, index = self._streams[seq]
-            event = event_of(sampled, index)
+            member = self._members[seq]
+            event = event_of(sampled, member.index)
             if seq in scores:
                 event = dataclasses.replace(event, prompt_logprobs=tuple(scores.pop(seq)))
-            self._note_token(stream.times, seq, now)
-            stream.put(event)
+            self._note_token(member, seq, now)
+            member.stream.put(event)
             if seq.status is SequenceStatus.FINISHED:
                 self._forget(seq, seq.finish_reason or "stop")
         for seq, entries in scores.items():
-            stream, index = self._streams[seq]
-            stream.put(TokenEvent(index, None, prompt_logprobs=tuple(entries)))
+            member = self._members[seq]
+            member.stream.put(TokenEvent(member.index, None, prompt_logprobs=tuple(entries)))
         for seq in result.failed:
-            stream, index = self._streams[seq]
-            stream.put(TokenEvent(index, None, error=result.error))
-            others = [other for other in stream.sequences if other.status is not SequenceStatus.FINISHED]
+            if (failed := self._members.get(seq)) is None:
+                continue
+            failed.stream.put(TokenEvent(failed.index, None, error=result.error))
+            others = [other for other in failed.stream.sequences if other.status is not SequenceStatus.FINISHED]
             self.engine.abort(others)
-            for member in (seq, *others):
-                self._forget(member, "error")
+            for lost in (seq, *others):
+                self._forget(lost, "error")
         self._report_step(result, seconds)
 
-    def _note_token(self, times: RequestTimes, seq: Sequence, now: float) -> None:
+    def _note_token(self, member: _Member, seq: Sequence, now: float) -> None:
+        times = member.stream.times
         if times.first_token is None:
             times.first_token = now
             self.metrics.on_first_token(now - times.arrival)
             self.metrics.on_prompt(seq.num_prompt)
-            self.metrics.on_tokens(1, None)
-        else:
-            self.metrics.on_tokens(1, now - (times.last_token or now))
-        times.last_token = now
+        self.metrics.on_tokens(1, None if member.last_token is None else now - member.last_token)
+        times.last_token = member.last_token = now
 
     def _forget(self, seq: Sequence, reason: str) -> None:
-        entry = self._streams.pop(seq, None)
-        if entry is None:
+        member = self._members.pop(seq, None)
+        if member is None:
             return
-        stream, _ = entry
+        stream = member.stream
         self._unfinished[stream] -= 1
         if not self._unfinished[stream]:
             del self._unfinished[stream]
@@ -256,7 +295,7 @@ class EngineLoop:
             self.metrics.on_step(
                 bucket=result.bucket,
                 seconds=seconds,
-                num_tokens=result.schedule.num_tokens,
+                num_tokens=result.num_tokens,
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
                 kv_usage=scheduler.pool.usage,
@@ -278,8 +317,8 @@ class EngineLoop:
             command = self._inbox.get()
             if command is not None:
                 command()
-        for seq, (stream, index) in list(self._streams.items()):
+        for seq, member in list(self._members.items()):
             self.engine.abort([seq])
             event: dict[str, Any] = {"finish_reason": "abort"} if reason == "abort" else {"error": message}
-            stream.put(TokenEvent(index, None, **event))
+            member.stream.put(TokenEvent(member.index, None, **event))
             self._forget(seq, reason)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from paddock.model import Dims
 
 from .bucket import Bucket, BucketTable
-from .kv_cache import KVCache, abstract_cache, cache_spec
+from .kv_cache import abstract_cache, cache_spec
 from .outputs import Logprob, TokenLogprobs
 from .scheduler import Schedule
 from .sequence import Sequence
@@ -45,6 +45,7 @@ class StepFuture:
 
     rows: list[tuple[int, Sequence]]
     bucket: Bucket
+    num_tokens: int
     output: StepOutput
     # (sequence, prompt position of each row, scored rows)
     prompt_scores: list[tuple[Sequence, list[int], Any]]
@@ -92,7 +93,7 @@ class Executor:
         )
         self._everywhere = plan.layout.sharding()
         self._executables = self._compile(progress)
-        self.cache, self.state = self._allocate()
+        self.cache, self.state = self._executables["allocate"]()
 
     def _compile(self, progress: bool) -> dict[Any, jax.stages.Compiled]:
         """Every executable there will ever be, in parallel threads."""
@@ -122,10 +123,14 @@ class Executor:
             jitted = jax.jit(bind(score_rows, self.plan), out_shardings=out)
             return jitted.lower(abstract_params, hidden, ints(SCORE_ROWS), ints(SCORE_ROWS)).compile()
 
+        def compile_allocate() -> jax.stages.Compiled:
+            zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._abstract)
+            return jax.jit(zeros, out_shardings=kept).lower().compile()
+
         jobs: dict[Any, Callable[[], jax.stages.Compiled]] = {
             bucket: functools.partial(compile_step, bucket) for bucket in self._packings
         }
-        jobs |= {"edit_bias": compile_bias, "score": compile_score}
+        jobs |= {"edit_bias": compile_bias, "score": compile_score, "allocate": compile_allocate}
         # Without this float32 products may run in TF32 on a GPU, and tokens would depend on the card.
         precision = "highest" if self.params["embed"].dtype == jnp.float32 else None
 
@@ -148,14 +153,11 @@ class Executor:
         kinds = {"weights": self.params, "kv_cache": self.cache, "state": self.state}
         return {kind: sum(_local_bytes(x) for x in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
 
-    def _allocate(self) -> tuple[KVCache, Any]:
-        shardings = jax.tree.map(lambda x: x.sharding, self._abstract)
-        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._abstract)
-        return jax.jit(zeros, out_shardings=shardings)()
-
     def reset(self) -> None:
         """Fresh cache and state, after a step that raised may have eaten the donated ones."""
-        self.cache, self.state = self._allocate()
+        # The old ones go first: there is no room for two caches.
+        _delete((self.cache, self.state))
+        self.cache, self.state = self._executables["allocate"]()
 
     def dispatch(self, schedule: Schedule) -> StepFuture:
         """Send one step; returns before it has run."""
@@ -167,7 +169,7 @@ class Executor:
         output.sampled.tokens.copy_to_host_async()
         rows = [(row, seq) for row, seq in enumerate(schedule.decodes)]
         rows += [(bucket.decodes + i, chunk.seq) for i, chunk in enumerate(schedule.chunks) if chunk.samples]
-        return StepFuture(rows, bucket, output, list(self._score_prompts(schedule, output)))
+        return StepFuture(rows, bucket, schedule.num_tokens, output, list(self._score_prompts(schedule, output)))
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
         """Change a slot's logit bias from the next step on."""
@@ -197,18 +199,22 @@ class Executor:
                     rows[1, : len(positions)] = [seq.prompt_token_ids[p] for p in positions]
                     placed = jax.device_put((rows[0], rows[1]), self._everywhere)
                     yield seq, positions, self._executables["score"](self.params, output.hidden, *placed)
-                seq.num_prompt_scored = max(seq.num_prompt_scored, last)
             offset += chunk.length
 
     def release(self) -> None:
         """Give the device memory back."""
-        for array in jax.tree.leaves((self.params, self.cache, self.state)):
-            array.delete()
+        _delete((self.params, self.cache, self.state))
         self._executables.clear()
 
 
 def _shaped(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _delete(tree: Any) -> None:
+    for array in jax.tree.leaves(tree):
+        if not array.is_deleted():
+            array.delete()
 
 
 def _local_bytes(x: jax.Array) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import queue
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -32,6 +34,8 @@ class LLM:
             raise ValueError(f"LLM has no option {unknown[0]!r}; there are {', '.join(known)}")
         self.engine = EngineLoop(EngineConfig(model=model, **options), progress=progress)
         self.tokenizer = self.engine.tokenizer
+        # An LLM that is dropped without close() must not hold the devices.
+        self._finalizer = weakref.finalize(self, self.engine.shutdown)
 
     def generate(
         self,
@@ -42,14 +46,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """One finished output per prompt, in the prompts' order.
 
-        A prompt is a string or `{"prompt_token_ids": [...]}`; one SamplingParams serves all prompts, or there is one for
-        each. Raises ValueError naming the argument before anything runs; if a step fails, RequestFailed.
+        A prompt is a string or `{"prompt_token_ids": [...]}`; one SamplingParams serves all, or there is one for each
+        prompt. Raises ValueError naming the argument; if a step fails, RequestFailed. Either ends the other requests.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(listed, sampling_params)
         texts = [_token_ids_or_text(prompt) for prompt in listed]
-        for text, one in zip(texts, params, strict=True):
-            self.engine.engine.check(self.engine.tokenize(text) if isinstance(text, str) else text, one)
         events: queue.SimpleQueue[RequestStream] = queue.SimpleQueue()
         streams: dict[RequestStream, int] = {}
         results: list[RequestOutput | None] = [None] * len(listed)
@@ -83,16 +85,20 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """What is new, as it is made. Leaving the loop early ends the request."""
+        """What is new, as it is made. Leaving the loop early ends the request. Raises ValueError as `generate` does."""
         stream = self.engine.submit(_token_ids_or_text(prompt), sampling_params or self.engine.default_params)
-        try:
-            yield from stream
-        finally:
-            stream.abort()
+
+        def outputs() -> Iterator[RequestOutput]:
+            try:
+                yield from stream
+            finally:
+                stream.abort()
+
+        return outputs()
 
     def close(self) -> None:
         """Stop, and give the device memory back. Harmless the second time."""
-        self.engine.shutdown()
+        self._finalizer()
 
     def __enter__(self) -> LLM:
         return self
@@ -122,4 +128,7 @@ def _token_ids_or_text(prompt: Prompt) -> str | list[int]:
         return prompt
     if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
         raise ValueError(f'a prompt is a string or {{"prompt_token_ids": [...]}}, not {prompt!r}')
-    return list(prompt["prompt_token_ids"])
+    try:
+        return [operator.index(token) for token in prompt["prompt_token_ids"]]
+    except TypeError as error:
+        raise ValueError(f"prompt_token_ids must be a list of integers: {error}") from error

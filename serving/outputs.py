@@ -50,7 +50,7 @@ class RequestTimes:
 
 @dataclasses.dataclass
 class RequestOutput:
-    """A request with what it has produced: everything so far ("cumulative", "final"), or what is new ("delta")."""
+    """A request with what it has produced: everything ("final"), or what is new ("delta")."""
 
     request_id: str
     prompt: str | None

@@ -19,7 +19,7 @@ def prepare(config: EngineConfig) -> None:
     """Give JAX its number of CPU devices, its share of GPU memory and its cache of compiled programs.
 
     A device count or memory share that the user set is left alone. Raises ValueError when JAX has already started
-    with fewer CPU devices than the mesh needs and there is nothing else to run on.
+    with too few devices for the mesh, or on a GPU with another share of its memory.
     """
     directory = Path(config.compile_cache_dir or default_cache_dir()).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(directory))
@@ -31,6 +31,11 @@ def prepare(config: EngineConfig) -> None:
             raise ValueError(
                 f"the mesh {config.mesh_text} needs {devices} devices, but JAX has already started with "
                 f"{len(jax.devices())}; make the LLM before anything else uses JAX, or set jax_num_cpu_devices yourself"
+            )
+        if jax.default_backend() == "gpu" and _FRACTION not in os.environ:
+            raise ValueError(
+                f"gpu_memory_utilization {config.gpu_memory_utilization} comes too late: JAX has already started on "
+                f"the GPU with its own share; make the LLM before anything else uses JAX, or set {_FRACTION}"
             )
         return
     os.environ.setdefault(_FRACTION, str(config.gpu_memory_utilization))

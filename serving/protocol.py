@@ -24,7 +24,6 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "request_id",
     ]
 )
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -97,6 +96,8 @@ class GenerationBody(Body):
     prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
+    # Becomes the end of the response's `id`, which every chunk of a stream repeats: hence a limit.
+    request_id: str | None = pydantic.Field(default=None, min_length=1, max_length=256)
     return_token_ids: bool | None = None
 
     @pydantic.field_validator("stop")
@@ -150,11 +151,14 @@ def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
 def _load(data: bytes) -> dict[str, Any]:
     # NaN and Infinity, which Python reads, are left to the checks of the fields: they can say which one holds it.
     try:
-        body = json.loads(data)
+        # Not json.loads(data), which guesses UTF-16 and UTF-32 and lets halves of surrogate pairs through.
+        body = json.loads(data.decode())
         if b"\\u" in data:
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError(400, "the body holds half of a surrogate pair, which is no character") from None
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):

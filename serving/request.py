@@ -63,7 +63,7 @@ class RequestStream:
         params: SamplingParams,
         tokenizer: Tokenizer | None,
         times: RequestTimes,
-        abort: Callable[[RequestStream, list[int]], None],
+        abort: Callable[[RequestStream, list[int], str], None],
         output_kind: OutputKind = "delta",
         on_event: Callable[[RequestStream], None] | None = None,
     ):
@@ -108,7 +108,7 @@ class RequestStream:
 
     def abort(self) -> None:
         """End what still runs; its pages are free within two steps. Harmless when all is over."""
-        self._abort(self, [output.value.index for output in self._outputs if not output.done])
+        self._abort(self, [output.value.index for output in self._outputs if not output.done], "abort")
 
     @property
     def finished(self) -> bool:
@@ -130,7 +130,7 @@ class RequestStream:
         if output.stop.matched is not None:
             value.finish_reason, value.stop_reason = "stop", output.stop.matched
             output.done = True
-            self._abort(self, [value.index])
+            self._abort(self, [value.index], "stop")
         elif event.finish_reason is not None:
             if output.detokenizer is not None:
                 value.text += output.stop.add(output.detokenizer.finish()) + output.stop.finish()
@@ -148,13 +148,19 @@ class RequestStream:
         # A token that ends the output is not part of its text, unless it is asked for as a stop string would be.
         if output.detokenizer is None or (is_stop and not self.params.include_stop_str_in_output):
             return
-        text = output.detokenizer.add([token])
+        known = self._tokenizer is not None and token < self._tokenizer.vocab_size
+        text = output.detokenizer.add([token] if known else [])
         value.text += output.stop.add(text, check=output.num_tokens > self.params.min_tokens)
 
     def _with_text(self, candidates: TokenLogprobs) -> TokenLogprobs:
-        if self._tokenizer is None:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             return candidates
-        text = lambda token: self._tokenizer.id_to_bytes(token).decode("utf-8", "replace")
+
+        def text(token: int) -> str:
+            # A model's vocabulary may be padded beyond its tokenizer's.
+            return tokenizer.id_to_bytes(token).decode("utf-8", "replace") if token < tokenizer.vocab_size else ""
+
         return {token: dataclasses.replace(entry, decoded_token=text(token)) for token, entry in candidates.items()}
 
     def _snapshot(self) -> RequestOutput:

@@ -18,6 +18,7 @@ from paddock.sharding import Layout
 from .bucket import BucketTable
 from .engine_config import EngineConfig
 from .kv_cache import page_bytes
+from .sampling_params import SamplingParams
 from .step import StepPlan
 
 logger = logging.getLogger("paddock")
@@ -34,6 +35,7 @@ class Resolved:
     folder: Path | None
     model: LlamaConfig
     generation: GenerationConfig
+    default_params: SamplingParams
     dtype: str
     plan: StepPlan
     buckets: BucketTable
@@ -48,22 +50,31 @@ class Resolved:
 def resolve(config: EngineConfig) -> Resolved:
     """Raises ValueError naming the option that cannot be had."""
     folder, model, generation = _model(config)
+    try:
+        default_params = SamplingParams(**generation.sampling_defaults())
+    except ValueError as error:
+        raise ValueError(f"generation_config.json of {config.model or 'the bundled model'}: {error}") from error
     layout = Layout.build(config.mesh_text, config.rules)
     _refuse_unbuilt(layout)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else model.dtype)
-    max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
-    budget = max(config.max_num_batched_tokens or (512 if on_cpu else 2048), max_num_seqs)
+    budget = config.max_num_batched_tokens or (512 if on_cpu else 2048)
+    max_num_seqs = config.max_num_seqs or min(32 if on_cpu else 256, budget)
+    if max_num_seqs > budget:
+        raise ValueError(
+            f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: each running sequence needs a "
+            "token in every step"
+        )
     for spec in param_specs(model, layout, dtype).values():
         layout.place(spec)
 
     if config.max_model_len and config.max_model_len > model.context_length:
         raise ValueError(
-            f"max_model_len {config.max_model_len} is more than the {model.context_length} tokens the model was made for"
+            f"max_model_len {config.max_model_len} is more than the {model.context_length} tokens of the model"
         )
     longest = config.max_model_len or model.context_length
     per_page = page_bytes(Dims.of(model, layout), layout, config.block_size, dtype)
-    num_bytes = config.kv_cache_memory_bytes or _cache_bytes(config, model, layout, dtype, budget, on_cpu)
+    num_bytes = config.kv_cache_memory_bytes or _cache_bytes(model, layout, dtype, max_num_seqs, budget, on_cpu)
     pages_per_seq = -(-longest // config.block_size)
     # One page is scratch; more than every slot at full length could never be used.
     num_pages = min(num_bytes // per_page, max_num_seqs * pages_per_seq + 1)
@@ -96,7 +107,7 @@ def resolve(config: EngineConfig) -> Resolved:
         on_cpu=on_cpu,
     )
     logger.info(
-        "%s on %s, %s; %d pages of %d tokens (%.2f GiB per device); at most %d sequences of %d tokens, %d tokens a step",
+        "%s on %s, %s; %d pages of %d tokens (%.2f GiB per device); at most %d sequences of %d, %d tokens a step",
         config.model or "the bundled model",
         dict(layout.mesh.shape),
         dtype,
@@ -107,7 +118,7 @@ def resolve(config: EngineConfig) -> Resolved:
         max_model_len,
         budget,
     )
-    return Resolved(folder, model, generation, dtype, plan, buckets, num_pages, max_model_len)
+    return Resolved(folder, model, generation, default_params, dtype, plan, buckets, num_pages, max_model_len)
 
 
 def _model(config: EngineConfig) -> tuple[Path | None, LlamaConfig, GenerationConfig]:
@@ -125,9 +136,7 @@ def _refuse_unbuilt(layout: Layout) -> None:
             raise ValueError(f"rules: splitting {axis} is not supported; q_heads, kv_heads, mlp and vocab can be split")
 
 
-def _cache_bytes(
-    config: EngineConfig, model: LlamaConfig, layout: Layout, dtype: str, budget: int, on_cpu: bool
-) -> int:
+def _cache_bytes(model: LlamaConfig, layout: Layout, dtype: str, max_num_seqs: int, budget: int, on_cpu: bool) -> int:
     """Bytes per device for pages: on CPU a stated share of RAM, else what weights and steps leave."""
     if on_cpu:
         return min(int(psutil.virtual_memory().total * CPU_CACHE_SHARE), CPU_CACHE_LIMIT)
@@ -136,7 +145,7 @@ def _cache_bytes(
         raise ValueError("this device does not tell its memory; give kv_cache_memory_bytes")
     weights = sum(layout.bytes_per_device(spec) for spec in param_specs(model, layout, dtype).values())
     free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    left = free - weights - _step_bytes(config, model, budget, dtype)
+    left = free - weights - _step_bytes(model, max_num_seqs, budget, dtype)
     if left <= 0:
         raise ValueError(
             f"the weights take {weights / GIB:.1f} GiB per device and {free / GIB:.1f} GiB are free: nothing is left "
@@ -145,9 +154,8 @@ def _cache_bytes(
     return left
 
 
-def _step_bytes(config: EngineConfig, model: LlamaConfig, budget: int, dtype: str) -> int:
+def _step_bytes(model: LlamaConfig, slots: int, budget: int, dtype: str) -> int:
     """An upper estimate of what a step needs besides weights and pages: activations, logits, sampler state."""
-    slots = config.max_num_seqs or 256
     activations = budget * (4 * model.embed_dim + 4 * model.mlp_dim) * jnp.dtype(dtype).itemsize
     logits = 8 * (slots + MAX_CHUNKS) * model.vocab_size * 4
     state = 9 * slots * model.vocab_size
@@ -155,7 +163,7 @@ def _step_bytes(config: EngineConfig, model: LlamaConfig, budget: int, dtype: st
 
 
 def _attention(option: str, name: str, table: dict) -> str:
-    """The entry that `name` names; auto takes the fastest that runs on this backend."""
+    """The entry that `name` names; auto is `blocked`, which runs on every backend."""
     if name == "auto":
         name = "blocked"
     if name not in table:

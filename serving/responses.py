@@ -35,7 +35,7 @@ class ResponseBuilder:
         self.token_ids_wanted = bool(body.return_token_ids)
         self.prompt_logprobs_wanted = body.prompt_logprobs is not None
         self.include_usage = body.include_usage
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.id_prefix}-{body.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
         self._prompt_tokens: dict[int, int] = {}
         self._completion_tokens = 0

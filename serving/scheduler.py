@@ -57,6 +57,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival, that is of seq_id
         self.num_preemptions = 0
+        self.num_slots = max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
 
     def add(self, seq: Sequence) -> None:
@@ -119,6 +120,8 @@ class Scheduler:
     def check_idle(self) -> None:
         """Raises RuntimeError if pages or slots leaked; to be called when nothing runs."""
         self.pool.check_whole()
+        if len(set(self._free_slots)) != self.num_slots:
+            raise RuntimeError(f"{self.num_slots - len(set(self._free_slots))} slots leaked")
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:
         left = seq.num_tokens - seq.num_computed
@@ -148,7 +151,6 @@ class Scheduler:
         self._release(seq)
         seq.status = SequenceStatus.WAITING
         seq.num_computed, seq.has_sampled = 0, False
-        seq.num_preemptions += 1
         self.num_preemptions += 1
         # Victims are the latest to run, yet earlier than everything that waits: the queue stays in order of arrival.
         self.waiting.appendleft(seq)

@@ -35,7 +35,6 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     in_flight: int = 0
-    num_preemptions: int = 0
     # The newest token was sampled in the slot held now, so the device's copy of it is this sequence's.
     has_sampled: bool = False
     finish_reason: str | None = None

@@ -67,8 +67,9 @@ def _add_generation_routes(app: flask.Flask, engine: EngineLoop, admission: Admi
         params = body.params(engine.default_params)
         prompts: list[str | list[int]] = body.prompt
         if body.add_special_tokens is False:
-            tokenizer = _tokenizer(engine)
-            prompts = [tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else p for p in prompts]
+            prompts = [
+                encode(engine, p, "prompt", add_special_tokens=False) if isinstance(p, str) else p for p in prompts
+            ]
         return answer(engine, admission, CompletionBuilder(engine, params, body), prompts, bool(body.stream))
 
     @app.post("/v1/chat/completions")
@@ -90,7 +91,7 @@ def _add_text_routes(app: flask.Flask, engine: EngineLoop) -> None:
             tokens = chat_prompt(engine, messages, body.add_generation_prompt is not False)
         else:
             add_special = body.add_special_tokens is not False
-            tokens = _tokenizer(engine).encode(body.prompt or "", add_special_tokens=add_special)
+            tokens = encode(engine, body.prompt or "", "prompt", add_special_tokens=add_special)
         pieces = [_tokenizer(engine).id_to_piece(token) for token in tokens] if body.return_token_strs else None
         return {
             "count": len(tokens),
@@ -219,7 +220,15 @@ def chat_prompt(engine: EngineLoop, messages: list[dict[str, Any]], add_generati
         text = engine.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from None
-    return engine.tokenizer.encode(text)
+    return encode(engine, text, "messages")
+
+
+def encode(engine: EngineLoop, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of `text`, which came in the request's field `param`. Raises ApiError (400)."""
+    try:
+        return _tokenizer(engine).encode(text, add_special_tokens=add_special_tokens)
+    except ValueError as error:
+        raise ApiError(400, f"{param}: {error}", param=param) from None
 
 
 def paddock_version() -> str:

@@ -25,7 +25,7 @@ Params = dict[str, jax.Array]
 
 
 class StepState(NamedTuple):
-    """What lives on the device from step to step, per slot: the newest token [S], the page table [S N], the sampler's."""
+    """What lives on the device from step to step, per slot: newest token [S], page table [S N], the sampler's state."""
 
     last_token: jax.Array
     page_table: jax.Array

@@ -113,7 +113,8 @@ class HttpServer:
 
 def serve(app: flask.Flask, engine: EngineLoop, sock: socket.socket, *, grace_seconds: float, name: str) -> int:
     """Serve until SIGTERM or SIGINT, then end the requests that run within `grace_seconds`; a second signal ends them
-    at once. Returns the exit code: 0, or 1 if the engine died. To be called in the main thread."""
+    at once. The engine is shut down afterwards. Returns the exit code: 0, or 1 if the engine died or hangs: then the
+    device may block what Python does at exit, too. To be called in the main thread."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # the one queue that a signal handler may put to
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda number, frame: signals.put(number)) for number in numbers}
@@ -124,10 +125,14 @@ def serve(app: flask.Flask, engine: EngineLoop, sock: socket.socket, *, grace_se
             if engine.is_dead:
                 logger.critical("the server ends with the engine: %s", engine.health())
                 server.close()
+                engine.shutdown(0.0)
                 return 1
         print(f"Paddock stops: {grace_seconds:g} s for the requests that run", file=sys.stderr, flush=True)
         server.admission.drain()
-        _shut_down(engine, grace_seconds, signals)
+        if not _shut_down(engine, grace_seconds, signals):
+            logger.critical("the engine does not stop: a step hangs")
+            server.close(flush_seconds=0.0)  # what would be waited for does not come
+            return 1
         server.close()
         return 0
     finally:
@@ -143,13 +148,24 @@ def _signalled(signals: queue.SimpleQueue[int], timeout: float) -> bool:
     return True
 
 
-def _shut_down(engine: EngineLoop, grace_seconds: float, signals: queue.SimpleQueue[int]) -> None:
-    thread = threading.Thread(target=engine.shutdown, args=(grace_seconds,), name="paddock-shutdown")
-    thread.start()
-    while thread.is_alive():
-        if _signalled(signals, 0.05):
-            engine.shutdown(0.0)
-    thread.join()
+def _shut_down(engine: EngineLoop, grace_seconds: float, signals: queue.SimpleQueue[int]) -> bool:
+    """Whether the engine has ended; another signal takes the grace time away."""
+    endings: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def end(seconds: float) -> None:
+        ended = False
+        try:
+            ended = engine.shutdown(seconds)
+        finally:
+            endings.put(ended)
+
+    threading.Thread(target=end, args=(grace_seconds,), name="paddock-shutdown", daemon=True).start()
+    while True:
+        try:
+            return endings.get(timeout=0.05)
+        except queue.Empty:
+            if _signalled(signals, 0.0):
+                threading.Thread(target=end, args=(0.0,), name="paddock-shutdown-now", daemon=True).start()
 
 
 def _url_host(host: str) -> str:

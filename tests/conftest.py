@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jaxtyping
 
 ON_GPU = os.environ.get("PADDOCK_TEST_GPU") == "1"
 if not ON_GPU:
@@ -22,6 +23,13 @@ CACHE = Path(__file__).parent.parent / "build" / "test-compile-cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Annotations are checked at every call: of arrays dtype and axes, of all else the type. It works on what is imported
+# from here on, so nothing above may import paddock. The tower: an int will do for a float, as it does for mypy.
+PACKAGES = ("checkpoints", "model", "pallas_kernels", "serving", "sharding")
+jaxtyping.install_import_hook(
+    [f"paddock.{name}" for name in PACKAGES], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 GOLDEN = Path(__file__).parent / "model" / "golden"
 

@@ -28,7 +28,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).exists():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        ".",
+    ]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     return next(out.glob("paddock-*.whl"))
 
@@ -53,7 +64,7 @@ def test_an_installed_wheel_generates(wheel: Path, tmp_path: Path) -> None:
         "assert llm.__file__.startswith(sys.argv[1]), llm.__file__;"
         "from paddock.serving import LLM, SamplingParams\n"
         "with LLM(max_num_seqs=1, max_num_batched_tokens=32, max_model_len=64, compile_cache_dir=sys.argv[2]) as m:\n"
-        "    print(m.generate('ROMEO:', SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)[0].outputs[0].text)"
+        "    print(m.generate('ROMEO:', SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].text)"
     )
     cache = ROOT / "build" / "test-compile-cache"
     # -S keeps the editable install's hook out; the libraries come by path.

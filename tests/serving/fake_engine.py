@@ -27,7 +27,10 @@ class ByteTokenizer:
     special_ids = frozenset({BOS, EOS})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [BOS] * add_special_tokens + list(text.encode())
+        try:
+            return [BOS] * add_special_tokens + list(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text holds a lone surrogate at character {error.start}") from None
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         if any(not 0 <= token < VOCAB for token in ids):
@@ -54,9 +57,17 @@ class PlainTemplate:
 class FakeStream:
     """Echoes the prompt without BOS, round and round; `get` may be called by one thread."""
 
-    def __init__(self, engine: FakeEngine, prompt: str | None, ids: list[int], params: SamplingParams, kind: str):
+    def __init__(
+        self,
+        engine: FakeEngine,
+        prompt: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        kind: str,
+        request_id: str | None,
+    ) -> None:
         self.engine, self.prompt, self.prompt_token_ids, self.params, self.kind = engine, prompt, ids, params, kind
-        self.request_id = f"fake-{len(engine.streams)}"
+        self.request_id = request_id or f"fake-{len(engine.streams)}"
         self.source = [token for token in ids if token < BOS] or [ord(".")]
         self.limit = params.max_tokens or engine.max_model_len - len(ids)
         self.made = 0
@@ -159,6 +170,7 @@ class FakeEngine:
         self.busy = False
         self.problem: str | None = None
         self.is_dead = False
+        self.hangs = False
         self.shutdown_graces: list[float] = []
         self.startup_seconds = {"load": 0.5, "compile": 1.5}
 
@@ -182,7 +194,7 @@ class FakeEngine:
             raise EngineDead("the device is lost")
         if self.busy or self.shutdown_graces:
             raise EngineBusy("the queue is full")
-        stream = FakeStream(self, prompt if isinstance(prompt, str) else None, ids, params, output_kind)
+        stream = FakeStream(self, prompt if isinstance(prompt, str) else None, ids, params, output_kind, request_id)
         if on_event is not None:
             stream.on_event = on_event
         with self.submitted:
@@ -203,7 +215,11 @@ class FakeEngine:
     def load(self) -> dict[str, int]:
         return {"running": sum(not stream.finished for stream in self.streams), "waiting": 0}
 
-    def shutdown(self, grace_seconds: float) -> None:
+    def shutdown(self, grace_seconds: float = 0.0) -> bool:
+        """False: a step hangs, and so do the streams."""
         self.shutdown_graces.append(grace_seconds)
+        if self.hangs:
+            return False
         for stream in self.streams:
             stream.abort()
+        return True

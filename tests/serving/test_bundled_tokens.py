@@ -48,6 +48,7 @@ def test_on_gpu() -> None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     rows = [
-        {"prompt": o.prompt, "tokens": tokens_of(o), "margins": [round(m, 6) for m in margins_of(o)]} for o in generate()
+        {"prompt": o.prompt, "tokens": tokens_of(o), "margins": [round(m, 6) for m in margins_of(o)]}
+        for o in generate()
     ]
     EXPECTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -99,7 +99,7 @@ def test_help_of_every_command_shows_help_texts_and_defaults():
         )
     }
     text = " ".join(parsers["paddock serve"].split())
-    assert "tokens per KV cache page (default: 16)" in text
+    assert "tokens per KV cache page (default: 64)" in text
     assert "10% of RAM" in text
     assert "None" not in text
 
@@ -122,6 +122,7 @@ def test_help_starts_no_jax():
         (["serve", "one", "--model", "two"], "named twice"),
         (["serve", "--block-size", "0"], "block_size must be at least 1"),
         (["serve", "--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["serve", "--max-concurrent-requests", "0"], "--max-concurrent-requests"),
         (["serve", "--host", "no such host"], "cannot listen on no such host:8000"),
         (["generate", "x", "--temperature", "-1"], "temperature must be"),
         (["bench", "throughput", "--input-len", "9:3"], "--input-len"),
@@ -234,8 +235,28 @@ def test_serve_serves_until_a_signal(engine, capsys, monkeypatch):
         signal.signal(signal.SIGTERM, before)
     assert statuses == [200, 401]
     assert engine.configs == [EngineConfig(model="folder")]
-    assert engine.shutdown_graces[0] == 3.0
+    assert engine.shutdown_graces == [3.0]
     assert "Paddock serves demo on http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_serve_ends_with_a_device_that_hangs():
+    code = """if True:
+        import atexit, os, signal, threading
+        from fake_engine import FakeEngine
+        from paddock.serving import cli_engine, wsgi
+        from paddock.serving.cli import main
+        engine = FakeEngine()
+        engine.hangs = True
+        cli_engine.start_engine = lambda config: engine
+        atexit.register(threading.Event().wait)  # as JAX waits for its device
+        url_host = wsgi._url_host
+        wsgi._url_host = lambda host: os.kill(os.getpid(), signal.SIGTERM) or url_host(host)
+        main(["serve", "--port", "0"])
+    """
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environ)
+    assert done.returncode == 1, done.stderr
+    assert "a step hangs" in done.stderr
 
 
 def wait_for_status(port: int, headers: dict[str, str]) -> int:

@@ -78,9 +78,7 @@ def test_while_others_join_and_leave_at_random(llm: LLM, alone: list[RequestOutp
     assert_same_tokens([next(iter(stream)) for stream in streams], alone)
 
 
-def test_under_preemption(
-    golden: Path, alone: list[RequestOutput], alone_penalized: list[RequestOutput]
-) -> None:
+def test_under_preemption(golden: Path, alone: list[RequestOutput], alone_penalized: list[RequestOutput]) -> None:
     """Tokens and penalty counts are rebuilt when a sequence is computed again."""
     prompts = [{"prompt_token_ids": output.prompt_token_ids} for output in alone]
     config = LlamaConfig.from_file(golden / "gqa" / "config.json")

@@ -27,7 +27,9 @@ def make_rows(**values: float) -> Rows:
 def state() -> SamplerState:
     rng = np.random.default_rng(0)
     counts = jnp.asarray(rng.integers(0, 3, (2, V)) * (rng.random((2, V)) < 0.3), jnp.int32)
-    return SamplerState(counts, jnp.asarray(rng.random((2, V)) < 0.2), jnp.asarray(rng.normal(size=(2, V)), jnp.float32))
+    return SamplerState(
+        counts, jnp.asarray(rng.random((2, V)) < 0.2), jnp.asarray(rng.normal(size=(2, V)), jnp.float32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +137,7 @@ def test_padding_of_the_vocabulary_is_never_drawn(run, logits, state) -> None:
 
 def test_branches_give_what_the_full_sampler_gives(run, logits, state) -> None:
     """On CPU pieces hang on run-time flags: with all set nothing may differ, and unset ones must not run."""
-    branching = jax.jit(
-        lambda flags, *rest: sample(*rest, compiled_flags(flags, full=True, branches=True), M)
-    )
+    branching = jax.jit(lambda flags, *rest: sample(*rest, compiled_flags(flags, full=True, branches=True), M))
     rows = make_rows(temperature=0.9, top_p=0.8, has_bias=1)
     every = jax.tree.map(np.asarray, branching(jnp.ones(len(FLAGS), jnp.int32), logits, rows, state))
     for got, want in zip(every, run(logits, rows, state), strict=True):

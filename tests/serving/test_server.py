@@ -275,6 +275,9 @@ def test_status_routes(client, engine):
         ({"top_k": -2}, "top_k"),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
+        ({"n": 9, "prompt": ["a"] * 114}, "n"),
+        ({"request_id": 3}, "request_id"),
+        ({"request_id": "x" * 300}, "request_id"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**6}, "max_tokens"),
@@ -361,6 +364,46 @@ def test_bad_chat_requests_name_the_field(client, body, param):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_bad_json_is_refused(client, path, data):
     error_of(client.post(path, data=data, content_type="application/json"), 400)
+
+
+CHAT = {"messages": [{"role": "user", "content": "a TEXT"}]}
+TEXT_ROUTES = [("/v1/completions", {"prompt": "a TEXT"}), ("/v1/chat/completions", CHAT), ("/tokenize", CHAT)]
+
+
+@pytest.mark.parametrize("change", ["raw surrogate", "escaped surrogate", "UTF-16", "UTF-32", "Latin-1"])
+@pytest.mark.parametrize(("path", "body"), TEXT_ROUTES, ids=[path for path, _ in TEXT_ROUTES])
+def test_text_that_is_not_utf8_is_refused(client, engine, path, body, change):
+    data = json.dumps(body).encode()
+    bad = {
+        "raw surrogate": data.replace(b"TEXT", b"\xed\xa0\x80"),
+        "escaped surrogate": data.replace(b"TEXT", b"\\ud800"),
+        "UTF-16": data.decode().encode("utf-16"),
+        "UTF-32": data.decode().encode("utf-32-le"),
+        "Latin-1": data.replace(b"TEXT", b"\xe9"),
+    }[change]
+    error_of(client.post(path, data=bad, content_type="application/json"), 400)
+    assert not engine.streams
+    good = data.replace(b"TEXT", b"\\ud83d\\ude00 \xf0\x9f\x98\x80")
+    assert client.post(path, data=good, content_type="application/json").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [*TEXT_ROUTES, ("/v1/completions", {"prompt": "a", "add_special_tokens": False}), ("/tokenize", {"prompt": "a"})],
+)
+def test_text_that_the_tokenizer_refuses_is_a_400(client, engine, monkeypatch, path, body):
+    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise ValueError("text is not to my taste")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+    assert "not to my taste" in error_of(client.post(path, json=body), 400)["message"]
+
+
+def test_request_id_ends_the_responses_id_and_reaches_the_engine(client, engine):
+    assert complete(client, prompt=["a", "b"], max_tokens=1, request_id="mine")["id"] == "cmpl-mine"
+    assert [stream.request_id for stream in engine.streams] == ["cmpl-mine-0", "cmpl-mine-1"]
+    assert chat(client, max_tokens=1, request_id="mine")["id"] == "chatcmpl-mine"
+    assert complete(client, max_tokens=1)["id"] != complete(client, max_tokens=1)["id"]
 
 
 def test_neutral_values_of_unsupported_fields_are_accepted(client):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
+import queue
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import DEADLINE, FakeEngine
+from http_client import Client, get, wait_until
 
 from paddock.serving import connection
 from paddock.serving.connection import DISCONNECTED, ClientGone, Connection
 from paddock.serving.server import create_app
-from paddock.serving.wsgi import HttpServer, bind, serve
+from paddock.serving.wsgi import FLUSH_SECONDS, HttpServer, bind, serve
 
 NUM_STREAMS = 64
 
@@ -36,50 +36,6 @@ def server(engine: FakeEngine) -> Iterator[HttpServer]:
         yield server
         for stream in engine.streams:
             stream.abort()
-
-
-class Client:
-    """A raw HTTP/1.1 client: what it has read and when is under the test's control."""
-
-    def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
-        self.received = b""
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-    def post(self, path: str = "/v1/completions", **body: Any) -> None:
-        data = json.dumps({"prompt": "abcdef", "max_tokens": 6, **body}).encode()
-        self.sock.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-
-    def read_until(self, part: bytes) -> bytes:
-        while part not in self.received:
-            data = self.sock.recv(65536)
-            assert data, f"closed before {part!r}: {self.received!r}"
-            self.received += data
-        return self.received
-
-    def read_all(self) -> bytes:
-        while data := self.sock.recv(65536):
-            self.received += data
-        return self.received
-
-
-def get(port: int, path: str) -> tuple[int, Any]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_token_is_sent_before_the_next_exists(engine, server):
@@ -289,9 +245,9 @@ def test_a_signal_drains_the_server(engine, capsys, number):
     drained = threading.Event()
     end_streams = engine.shutdown
 
-    def shutdown(grace_seconds: float) -> None:
+    def shutdown(grace_seconds: float) -> bool:
         assert drained.wait(DEADLINE)
-        end_streams(grace_seconds)
+        return end_streams(grace_seconds)
 
     engine.shutdown = shutdown
 
@@ -333,12 +289,13 @@ def test_a_second_signal_ends_the_grace_time(engine):
     first_called, hurried = threading.Event(), threading.Event()
     end_streams = engine.shutdown
 
-    def shutdown(grace_seconds: float) -> None:
+    def shutdown(grace_seconds: float) -> bool:
         if grace_seconds > 0:
             first_called.set()
             assert hurried.wait(DEADLINE)
+        ended = end_streams(grace_seconds)
         hurried.set()
-        end_streams(grace_seconds)
+        return ended
 
     engine.shutdown = shutdown
 
@@ -348,7 +305,37 @@ def test_a_second_signal_ends_the_grace_time(engine):
         os.kill(os.getpid(), signal.SIGINT)
 
     assert run_server(engine, visit) == 0
-    assert sorted(engine.shutdown_graces) == [0.0, 7.0]
+    wait_until(lambda: sorted(engine.shutdown_graces) == [0.0, 7.0])
+
+
+def test_a_hung_engine_is_waited_for_once_and_is_an_error(engine):
+    engine.hangs = True
+
+    def visit(port: int) -> None:
+        with Client(port) as client:
+            client.post(stream=True)
+            (stream,) = engine.wait_for_streams(1)
+            stream.allow(1)
+            client.read_until(b'"text":"a"')
+            os.kill(os.getpid(), signal.SIGTERM)
+            start = time.monotonic()
+            assert b"[DONE]" not in client.read_all()
+            assert time.monotonic() - start < FLUSH_SECONDS
+
+    assert run_server(engine, visit) == 1
+    assert engine.shutdown_graces == [7.0]
+
+
+def test_a_shutdown_that_raises_is_an_error(engine, monkeypatch):
+    raised = queue.SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", lambda args: raised.put(args.exc_value))
+
+    def shutdown(grace_seconds: float) -> bool:
+        raise RuntimeError("planted")
+
+    engine.shutdown = shutdown
+    assert run_server(engine, lambda port: os.kill(os.getpid(), signal.SIGTERM)) == 1
+    assert str(raised.get(timeout=DEADLINE)) == "planted"
 
 
 def test_a_dead_engine_ends_the_process_with_an_error(engine):
@@ -358,3 +345,4 @@ def test_a_dead_engine_ends_the_process_with_an_error(engine):
         engine.is_dead = True
 
     assert run_server(engine, visit) == 1
+    assert engine.shutdown_graces == [0.0]
