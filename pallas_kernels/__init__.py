@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .attention_tables import DECODE_ATTENTION, PREFILL_ATTENTION
+from .compat import mosaic_mode
+from .decode_mosaic import check_mosaic
 
-__all__ = ["DECODE_ATTENTION", "PREFILL_ATTENTION"]
+__all__ = ["DECODE_ATTENTION", "PREFILL_ATTENTION", "check_mosaic", "mosaic_mode"]

@@ -24,6 +24,18 @@ HEAD_DIMS = (64, 128)
 TILE = 8  # rows of one swizzled SMEM tile: what a copy may address
 
 
+def check_mosaic(dtype: Any, head_dim: int, page_size: int, group: int) -> None:
+    """Raise ValueError naming what `decode_mosaic` cannot run on; `group` is the number of query heads a kv head."""
+    if dtype not in DTYPES:
+        raise ValueError(f"decode_mosaic needs bfloat16 or float16: got {jnp.dtype(dtype).name}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"decode_mosaic needs head_dim 64 or 128: got {head_dim}")
+    if page_size < 16 or (BLOCK % page_size and page_size % BLOCK):
+        raise ValueError(f"decode_mosaic needs a page size of 16, 32 or a multiple of 64: got {page_size}")
+    if group > ROWS:
+        raise ValueError(f"decode_mosaic takes at most {ROWS} query heads per kv head: got {group}")
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))  # traced once, not once a layer
 def decode_mosaic(
     q: Float[Array, "B H h"],
@@ -47,16 +59,9 @@ def decode_mosaic(
     batch, heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
     group = heads // kv_heads
-    if q.dtype not in DTYPES or k_pages.dtype != q.dtype:
-        raise ValueError(
-            f"decode_mosaic needs q and pages of one dtype, bfloat16 or float16: got {q.dtype} and {k_pages.dtype}"
-        )
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"decode_mosaic needs head_dim 64 or 128: got {head_dim}")
-    if page_size < 16 or (BLOCK % page_size and page_size % BLOCK):
-        raise ValueError(f"decode_mosaic needs a page size of 16, 32 or a multiple of 64: got {page_size}")
-    if group > ROWS:
-        raise ValueError(f"decode_mosaic takes at most {ROWS} query heads per kv head: got {group}")
+    if k_pages.dtype != q.dtype:
+        raise ValueError(f"decode_mosaic needs q and pages of one dtype: got {q.dtype} and {k_pages.dtype}")
+    check_mosaic(q.dtype, head_dim, page_size, group)
 
     rows = pl.cdiv(group, TILE) * TILE
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, rows - group), (0, 0)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import psutil
@@ -12,7 +13,7 @@ import psutil
 from paddock.checkpoints import GenerationConfig, resolve_model
 from paddock.model import Dims, LlamaConfig, param_specs
 from paddock.model.shapes import SHAPES
-from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION
+from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, mosaic_mode
 from paddock.sharding import Layout
 
 from .bucket import BucketTable
@@ -73,7 +74,8 @@ def resolve(config: EngineConfig) -> Resolved:
             f"max_model_len {config.max_model_len} is more than the {model.context_length} tokens of the model"
         )
     longest = config.max_model_len or model.context_length
-    per_page = page_bytes(Dims.of(model, layout), layout, config.block_size, dtype)
+    dims = Dims.of(model, layout)
+    per_page = page_bytes(dims, layout, config.block_size, dtype)
     num_bytes = config.kv_cache_memory_bytes or _cache_bytes(model, layout, dtype, max_num_seqs, budget, on_cpu)
     pages_per_seq = -(-longest // config.block_size)
     # One page is scratch; more than every slot at full length could never be used.
@@ -88,6 +90,11 @@ def resolve(config: EngineConfig) -> Resolved:
     max_model_len = min(longest, holds)
     if max_model_len < longest:
         logger.info("max_model_len is %d, what the KV cache holds, instead of the model's %d", max_model_len, longest)
+    decode, prefill = config.decode_attention, config.prefill_attention
+    if decode == "auto":
+        decode = _fastest_decode(layout.mesh.devices.flat[0], dtype, dims, config.block_size)
+    if prefill == "auto":
+        prefill = "blocked"
     plan = StepPlan(
         config=model,
         layout=layout,
@@ -96,8 +103,8 @@ def resolve(config: EngineConfig) -> Resolved:
         pages_per_seq=-(-max_model_len // config.block_size),
         max_chunk_tokens=budget,
         num_logprobs=min(config.max_logprobs, model.vocab_size),
-        decode_attention=_attention("decode_attention", config.decode_attention, DECODE_ATTENTION),
-        prefill_attention=_attention("prefill_attention", config.prefill_attention, PREFILL_ATTENTION),
+        decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
+        prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
         branches=on_cpu,
     )
     buckets = BucketTable.of(
@@ -107,10 +114,11 @@ def resolve(config: EngineConfig) -> Resolved:
         on_cpu=on_cpu,
     )
     logger.info(
-        "%s on %s, %s; %d pages of %d tokens (%.2f GiB per device); at most %d sequences of %d, %d tokens a step",
+        "%s on %s, %s, %s decode; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, %d tokens a step",
         config.model or "the bundled model",
         dict(layout.mesh.shape),
         dtype,
+        decode,
         num_pages,
         config.block_size,
         num_pages * per_page / GIB,
@@ -162,10 +170,20 @@ def _step_bytes(model: LlamaConfig, slots: int, budget: int, dtype: str) -> int:
     return activations + logits + state + GIB
 
 
-def _attention(option: str, name: str, table: dict) -> str:
-    """The entry that `name` names; auto is `blocked`, which runs on every backend."""
-    if name == "auto":
-        name = "blocked"
+def _fastest_decode(device: Any, dtype: str, dims: Dims, page_size: int) -> str:
+    """The Mosaic kernel where it can run (8B, H100, 32 sequences: 8.2 against 20.9 ms a token), else `blocked`."""
+    if getattr(device, "compute_capability", "") != "9.0":
+        return "blocked"
+    try:
+        mosaic_mode(False)
+        check_mosaic(jnp.dtype(dtype), dims.config.head_dim, page_size, dims.group)
+    except ValueError as error:
+        logger.info("decode_attention is blocked: %s", error)
+        return "blocked"
+    return "mosaic"
+
+
+def _known(option: str, name: str, table: dict) -> str:
     if name not in table:
         raise ValueError(f"{option} {name!r} is unknown; there are {', '.join(sorted(table))}")
     return name

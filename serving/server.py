@@ -225,8 +225,9 @@ def chat_prompt(engine: EngineLoop, messages: list[dict[str, Any]], add_generati
 
 def encode(engine: EngineLoop, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of `text`, which came in the request's field `param`. Raises ApiError (400)."""
+    _tokenizer(engine)
     try:
-        return _tokenizer(engine).encode(text, add_special_tokens=add_special_tokens)
+        return engine.tokenize(text, add_special_tokens=add_special_tokens)
     except ValueError as error:
         raise ApiError(400, f"{param}: {error}", param=param) from None
 

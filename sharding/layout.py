@@ -54,7 +54,7 @@ class Layout:
         return NamedSharding(self.mesh, self.rules.spec(axes))
 
     def place(self, spec: ArraySpec) -> NamedSharding:
-        """The sharding of `spec`. Raises ValueError when a dimension does not divide, with the nearest sizes that do."""
+        """The sharding of `spec`. Raises ValueError if a dimension does not divide, with the nearest sizes that do."""
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             shards = 1 if axis is None else self.num_shards(axis)
             if size % shards:

@@ -183,7 +183,7 @@ class FakeEngine:
         output_kind: Literal["delta", "final"] = "delta",
         on_event: Callable[[FakeStream], None] | None = None,
     ) -> FakeStream:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         if any(not 0 <= token < VOCAB for token in ids):
             raise ValueError(f"prompt_token_ids holds an id outside 0 to {VOCAB - 1}")
         if len(ids) >= self.max_model_len:
@@ -203,6 +203,9 @@ class FakeEngine:
         if not self.pace:
             stream.allow(10_000)
         return stream
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def wait_for_streams(self, count: int) -> list[FakeStream]:
         with self.submitted:

@@ -1,0 +1,102 @@
+"""A model in a layout: the sizes it takes there, and the same logits wherever it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from paddock.checkpoints import init_dummy_params
+from paddock.model import Dims, LlamaConfig, RopeConfig, forward, param_specs
+from paddock.sharding import Layout
+
+CONFIG = LlamaConfig(
+    vocab_size=101,
+    embed_dim=16,
+    mlp_dim=24,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position=64,
+    norm_eps=1e-5,
+    rope=RopeConfig("default", 10000.0),
+    tie_embeddings=False,
+    attention_bias=True,
+    mlp_bias=False,
+    dtype="float32",
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+TOKENS = jnp.array([1, 100, 7, 42, 7, 0, 63, 5], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> np.ndarray:
+    return logits_in(Layout.build())
+
+
+def logits_in(layout: Layout) -> np.ndarray:
+    params = init_dummy_params(CONFIG, layout)
+    return np.asarray(jax.jit(functools.partial(forward, CONFIG, layout=layout))(params, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "shard_of_qkv", "shard_of_head"),
+    [
+        ("x=2,y=2", "q_heads=x+y,kv_heads=x+y,mlp=y,vocab=x", (16, 1, 4, 4), (51, 16)),  # kv heads repeated
+        ("tensor=4", "vocab=", (16, 1, 4, 4), (101, 16)),
+        ("tensor=2", "", (16, 1, 6, 4), (51, 16)),
+    ],
+)
+def test_every_layout_gives_the_logits_of_one_device(
+    mesh: str, rules: str, shard_of_qkv: tuple[int, ...], shard_of_head: tuple[int, ...], on_one_device: np.ndarray
+) -> None:
+    layout = Layout.build(mesh, rules)
+    specs = param_specs(CONFIG, layout)
+    for name, shape in {"layers.0.qkv": shard_of_qkv, "head": shard_of_head}.items():
+        assert layout.place(specs[name]).shard_shape(specs[name].shape) == shape
+    logits = logits_in(layout)
+    assert logits.shape == on_one_device.shape == (len(TOKENS), CONFIG.vocab_size)
+    assert np.linalg.norm(logits - on_one_device) <= 1e-6 * np.linalg.norm(on_one_device)
+    assert on_one_device.std() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("mesh", "repeat", "kv_heads", "group", "vocab"),
+    [("", 1, 2, 4, 101), ("tensor=2", 1, 2, 4, 102), ("tensor=4", 2, 4, 2, 104), ("tensor=8", 4, 8, 1, 104)],
+)
+def test_kv_heads_are_repeated_and_the_vocabulary_padded(
+    mesh: str, repeat: int, kv_heads: int, group: int, vocab: int
+) -> None:
+    dims = Dims.of(CONFIG, Layout.build(mesh))
+    assert (dims.kv_repeat, dims.kv_heads, dims.group, dims.vocab) == (repeat, kv_heads, group, vocab)
+
+
+def test_query_heads_that_do_not_divide_name_the_numbers_that_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"^q_heads of size 8 \(kv_heads 2\) does not divide over 3 shards; .* 1, 2, 4, 8$"
+    ):
+        Dims.of(CONFIG, Layout.build("tensor=3"))
+    six_over_three = dataclasses.replace(CONFIG, num_heads=6, num_kv_heads=3)
+    with pytest.raises(ValueError, match=r"does not divide over 4 shards; numbers of shards that do: 1, 2, 3, 6$"):
+        Dims.of(six_over_three, Layout.build("tensor=4"))
+
+
+def test_a_kv_head_stays_with_its_query_heads() -> None:
+    with pytest.raises(ValueError, match=r"^rules: q_heads=x\+y and kv_heads=x differ; .*the same mesh axes$"):
+        Dims.of(CONFIG, Layout.build("x=2,y=2", "q_heads=x+y,kv_heads=x"))
+
+
+def test_annotations_are_checked_under_pytest() -> None:
+    """The import hook of the top conftest: what an annotation says of dtypes and axes holds in every test."""
+    params = init_dummy_params(CONFIG, Layout.build())
+    with pytest.raises(jaxtyping.TypeCheckError, match="token_ids"):
+        forward(CONFIG, params, TOKENS.astype(jnp.float32))
+    with pytest.raises(jaxtyping.TypeCheckError, match="token_ids"):
+        forward(CONFIG, params, TOKENS[None])
