@@ -33,7 +33,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 PACKAGES = ("checkpoints", "model", "pallas_kernels", "serving", "sharding")
 MODULES = {f"paddock.{package}.{path.stem}" for package in PACKAGES for path in (ROOT / package).glob("*.py")}
 # Left out: what users hand over may be of any type, and these refuse it in ValueErrors of their own, as tests ask.
-JUDGES = ("chat_template", "engine_config", "llm", "sampling_params", "tokenizer")
+JUDGES = ("chat_template", "engine_config", "llm", "sampling_params", "stop", "tokenizer")
 CHECKED = MODULES - {f"paddock.serving.{name}" for name in JUDGES}
 jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
