@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 .PHONY: serve test lint unit clean
 
 serve: $(SERVE_STAMP)
-	@echo "== Serving on http://127.0.0.1:$(PORT) (the first start compiles for a minute or so; later ones take seconds)"
+	@echo "== Serving on http://127.0.0.1:$(PORT) (the first start compiles for half a minute or so; later ones take seconds)"
 	@exec $(BIN)/paddock serve $(MODEL) --port $(PORT)
 
 test: lint unit

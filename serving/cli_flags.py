@@ -90,7 +90,15 @@ def _add_flag(
         return
     if "choices" not in rest:
         rest.setdefault("metavar", {int: "N", float: "X"}.get(kind, name.rsplit("_", 1)[-1].upper()))
-    group.add_argument(*flags, dest=name, type=kind, default=default, help=text, **rest)
+    read = _number_or_auto if kind is int and default is None else kind
+    group.add_argument(*flags, dest=name, type=read, default=default, help=text, **rest)
+
+
+def _number_or_auto(text: str) -> int | None:
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 
 def _plain_type(hint: Any) -> type:

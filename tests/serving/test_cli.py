@@ -89,6 +89,15 @@ def all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPa
                 yield from all_parsers(child)
 
 
+def test_numbers_that_may_be_left_open_take_auto(capsys):
+    parser = build_parser()
+    assert engine_config(parser.parse_args(["serve", "--max-model-len", "auto"])).max_model_len is None
+    assert engine_config(parser.parse_args(["serve", "--max-model-len", "77"])).max_model_len == 77
+    with pytest.raises(SystemExit):
+        parser.parse_args(["serve", "--max-model-len", "many"])
+    assert "'many' is neither a number nor 'auto'" in capsys.readouterr().err
+
+
 def test_help_of_every_command_shows_help_texts_and_defaults():
     parsers = {parser.prog: parser.format_help() for parser in all_parsers(build_parser())}
     assert set(parsers) == {

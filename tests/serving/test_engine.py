@@ -16,6 +16,7 @@ from paddock.model import LlamaConfig, forward
 from paddock.serving import LLM, SamplingParams
 from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
 from paddock.serving.executor import StepFuture
+from paddock.serving.scheduler import Schedule
 from paddock.sharding import Layout
 
 
@@ -256,6 +257,24 @@ def test_metrics_tell_what_happened(llm: LLM) -> None:
     compilations = value("paddock:step_compilations_total")
     jax.jit(lambda x: x * 3.25 + 17)(jnp.arange(7.0)).block_until_ready()
     assert value("paddock:step_compilations_total") > compilations
+
+
+def test_the_next_step_is_sent_before_the_last_is_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    read, dispatch = StepFuture.read, llm.engine.executor.dispatch
+
+    def sending(schedule: Schedule) -> StepFuture:
+        calls.append("send")
+        return dispatch(schedule)
+
+    def reading(future: StepFuture) -> list:
+        calls.append("read")
+        return read(future)
+
+    monkeypatch.setattr(llm.engine.executor, "dispatch", sending)
+    monkeypatch.setattr(StepFuture, "read", reading)
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, greedy(5), use_tqdm=False)
+    assert calls == ["send", *["send", "read"] * 4, "read"], "five tokens, five steps, none computed in vain"
 
 
 def test_a_reset_frees_the_old_cache_first(llm: LLM) -> None:
