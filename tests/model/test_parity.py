@@ -48,9 +48,7 @@ def test_dynamic_rope_without_a_length_equals_token_by_token_decoding():
     assert distance(expected["logits"], expected["stepwise_logits"]) > 1e-2
 
 
-@pytest.mark.parametrize(
-    "case", ["bfloat16", "biases", "dynamic", "gqa", "linear", "llama3_tied", "mistral", "mqa_tied", "yarn_mscale"]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_bfloat16_logits_are_near_the_float32_ones_of_the_same_weights(case):
     expected = np.load(GOLDEN / case / "expected.npz")
     ids = expected["input_ids"]

@@ -14,9 +14,11 @@ from engines import greedy, prompts_of, tiny_llm, tokens_of
 from paddock.checkpoints import load_params
 from paddock.model import LlamaConfig, forward
 from paddock.serving import LLM, SamplingParams
+from paddock.serving.engine import Engine
 from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
 from paddock.serving.executor import StepFuture
-from paddock.serving.scheduler import Schedule
+from paddock.serving.page_pool import PagePool
+from paddock.serving.scheduler import Schedule, Scheduler
 from paddock.sharding import Layout
 
 
@@ -219,27 +221,25 @@ def test_bad_requests_name_what_was_wrong(llm: LLM, message: str) -> None:
         llm.engine.submit(prompt, SamplingParams(**options))
 
 
-def test_prompt_logprobs_survive_a_failed_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt of two chunks whose first step is lost is scored again, without holes."""
-    read, calls = StepFuture.read, 0
-
-    def failing(future: StepFuture):
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            raise RuntimeError("planted")
-        return read(future)
-
-    monkeypatch.setattr(StepFuture, "read", failing)
-    prompt = prompts_of([45], llm.engine.vocab_size)[0]["prompt_token_ids"]
-    streams = [llm.engine.submit(p, SamplingParams(max_tokens=2, prompt_logprobs=0)) for p in ([1, 2], prompt)]
-    with pytest.raises(RequestFailed, match="planted"):
-        list(streams[0])
-    try:
-        first, *_ = streams[1]
-        assert None not in first.prompt_logprobs[1:]
-    except RequestFailed:
-        pass  # it was in the step that was lost
+def test_prompt_logprobs_of_a_step_that_was_lost_are_scored_again(llm: LLM) -> None:
+    """An engine of the test's own over the idle executor: its first chunk is sent and never read."""
+    limits, served = llm.engine.engine.limits, llm.engine.engine.scheduler
+    scheduler = Scheduler(
+        PagePool(served.pool.num_pages, served.pool.page_size),
+        max_num_seqs=served.num_slots,
+        max_num_batched_tokens=served.max_num_batched_tokens,
+        max_chunks=served.max_chunks,
+    )
+    engine = Engine(llm.engine.executor, scheduler, limits)
+    prompt = prompts_of([45], limits.vocab_size)[0]["prompt_token_ids"]
+    engine.add(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert [chunk.length for chunk in engine.step().schedule.chunks] == [32]
+    engine.close()
+    scheduler.preempt_all()
+    positions = []
+    while not engine.is_idle:
+        positions += [position for _, position, _ in engine.step().prompt_logprobs]
+    assert positions == list(range(1, 45))
 
 
 def test_metrics_tell_what_happened(llm: LLM) -> None:
