@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paddock.model import Dims, LlamaConfig, param_specs
+from paddock.model import Dims, LlamaConfig, param_specs, placements
 from paddock.sharding import Layout
 
 from .canonical import expand
 
 
 def init_dummy_params(config: LlamaConfig, layout: Layout, dtype: Any = None, seed: int = 0) -> dict[str, jax.Array]:
-    """The arrays of `param_specs(config, layout, dtype)` with random values that depend on `seed` alone.
+    """The arrays of `param_specs(config, layout, dtype)` with random values that depend on `seed` alone, each where
+    `placements` puts it; without those that no device of this process holds.
 
     Matrices have a deviation of fan_in**-1/2 (those that feed the residual stream less, by the number of them), so that
     activations and logits stay near 1 at any size; norms lie within 0.1 of 1. Each shard is computed where it lives,
@@ -25,12 +26,15 @@ def init_dummy_params(config: LlamaConfig, layout: Layout, dtype: Any = None, se
     """
     canonical, dims = param_specs(config, None, dtype), Dims.of(config, layout)
     params = {}
+    places = placements(config, layout, dtype)
     for name, spec in param_specs(config, layout, dtype).items():
+        if not places[name].addressable_devices:
+            continue
         mean, width = _distribution(config, name)
         # zlib's, because Python's own hash of a string changes from process to process.
         salt = jnp.uint32(zlib.crc32(f"{seed}/{name}".encode()))
         kind = "norm" if name.endswith("norm") else name.rpartition(".")[2]
-        make = _maker(kind, canonical[name].shape, jnp.dtype(spec.dtype), dims, layout.place(spec))
+        make = _maker(kind, canonical[name].shape, jnp.dtype(spec.dtype), dims, places[name])
         params[name] = make(salt, jnp.float32(mean), jnp.float32(width))
     return params
 

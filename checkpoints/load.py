@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from paddock.model import LlamaConfig
+from paddock.model import LlamaConfig, stack_stages
 from paddock.sharding import Layout
 
 from .dummy import init_dummy_params
@@ -43,7 +43,7 @@ def load(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, jax.Array]:
-    """The arrays of `param_specs(config, layout, dtype)`; `load_format` is one of LOAD_FORMATS.
+    """The arrays of `slot_specs(config, layout, dtype)`; `load_format` is one of LOAD_FORMATS.
 
     "dummy" makes random weights from `seed` and reads nothing. Raises ValueError on an unknown format, CheckpointError
     when the folder does not fit.
@@ -51,12 +51,12 @@ def load(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
     if load_format == "dummy":
-        return init_dummy_params(config, layout, dtype, seed)
-    if load_format == "auto":
-        load_format = detect_format(folder)
-    if load_format == "orbax":
-        return load_orbax(folder, config, layout, dtype)
-    return load_params(folder, config, layout, dtype, progress=progress)
+        params = init_dummy_params(config, layout, dtype, seed)
+    elif (detect_format(folder) if load_format == "auto" else load_format) == "orbax":
+        params = load_orbax(folder, config, layout, dtype)
+    else:
+        params = load_params(folder, config, layout, dtype, progress=progress)
+    return stack_stages(config, layout, params)
 
 
 def convert(source: Path, destination: Path, dtype: Any = None, *, progress: bool = False) -> None:

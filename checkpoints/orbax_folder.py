@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from paddock.model import Dims, LlamaConfig, param_specs
+from paddock.model import Dims, LlamaConfig, param_specs, placements
 from paddock.sharding import Layout
 
 from .canonical import contract, expand
@@ -54,17 +54,24 @@ def save_orbax(
 
 
 def load_orbax(path: Path, config: LlamaConfig, layout: Layout, dtype: Any = None) -> dict[str, jax.Array]:
-    """The arrays of `param_specs(config, layout, dtype)` from an Orbax folder, whatever mesh wrote it.
+    """The arrays of `param_specs(config, layout, dtype)` from an Orbax folder, whatever mesh wrote it, each where
+    `placements` puts it.
 
     Orbax reads each shard into its place. Arrays that the layout repeats or pads are read in their canonical shape,
-    split over all devices, then changed there, one after the other. Raises CheckpointError naming the folder and the
+    split over all its devices, then changed there, one after the other. Raises CheckpointError naming the folder and the
     array.
     """
     folder, dims = Path(path) / PARAMS, Dims.of(config, layout)
     specs, canonical = param_specs(config, layout, dtype), param_specs(config, None, dtype)
-    targets = {name: layout.abstract(spec) for name, spec in specs.items()}
+    places = placements(config, layout, dtype)
+    if not all(place.addressable_devices for place in places.values()):
+        raise CheckpointError(
+            f"{folder}: Orbax cannot read pipeline stages of which other processes hold all devices; use safetensors, "
+            "or a mesh whose stages span the processes"
+        )
+    targets = {n: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=places[n]) for n, spec in specs.items()}
     differs = {name for name in specs if specs[name].shape != canonical[name].shape}
-    wanted = targets | {name: _spread(canonical[name].shape, canonical[name].dtype, layout) for name in differs}
+    wanted = targets | {n: _spread(canonical[n].shape, canonical[n].dtype, places[n].mesh) for n in differs}
     narrowed = _check(folder, wanted)
     try:
         with _checkpointer(wanted) as checkpointer:
@@ -141,11 +148,11 @@ def _checkpointer(arrays: Mapping[str, Any]) -> ocp.Checkpointer:
     return ocp.Checkpointer(handler)
 
 
-def _spread(shape: tuple[int, ...], dtype: Any, layout: Layout) -> jax.ShapeDtypeStruct:
+def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """An array split over all devices along its last dimension that divides; whole on each if none does."""
-    axis = next((i for i in reversed(range(len(shape))) if shape[i] % layout.mesh.size == 0), None)
-    entries = [layout.mesh.axis_names if i == axis else None for i in range(len(shape))]
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(layout.mesh, PartitionSpec(*entries)))
+    axis = next((i for i in reversed(range(len(shape))) if shape[i] % mesh.size == 0), None)
+    entries = [mesh.axis_names if i == axis else None for i in range(len(shape))]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
 
 
 @functools.lru_cache(maxsize=64)

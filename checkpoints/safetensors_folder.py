@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from paddock.model import Dims, LlamaConfig, param_specs
+from paddock.model import Dims, LlamaConfig, param_specs, placements
 from paddock.sharding import ArraySpec, Layout
 
 from .canonical import contract
@@ -101,14 +101,15 @@ class SafetensorsFolder:
 def load_params(
     folder: Path, config: LlamaConfig, layout: Layout, dtype: Any = None, *, progress: bool = False
 ) -> dict[str, jax.Array]:
-    """The arrays of `param_specs(config, layout, dtype)` from a Hugging Face folder, each put straight into its shards.
+    """The arrays of `param_specs(config, layout, dtype)` from a Hugging Face folder, each put straight into its shards,
+    where `placements` says; without those that no device of this process holds.
 
     One shard at a time is assembled on the host (fused, repeated, padded, cast to `dtype`, by default the config's),
     put on its devices and dropped. Raises CheckpointError (a ValueError) naming the file and the tensor, from the
     headers alone and before anything is put on a device; only a value that overflows a narrower `dtype` shows later.
     """
     specs, parts = param_specs(config, layout, dtype), param_parts(Dims.of(config, layout))
-    shardings = {name: layout.place(spec) for name, spec in specs.items()}
+    shardings = placements(config, layout, dtype)
     source = SafetensorsFolder(Path(folder))
     source.check([part for group in parts.values() for part in group], config)
 
@@ -117,8 +118,9 @@ def load_params(
     # delay: no bar at all for what is over in a second.
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
         for name, spec in specs.items():
-            order = order_of(name, len(spec.shape))
-            params[name] = _place(source, parts[name], order, spec, shardings[name])
+            if shardings[name].addressable_devices:
+                order = order_of(name, len(spec.shape))
+                params[name] = _place(source, parts[name], order, spec, shardings[name])
             bar.update(spec.num_bytes)
     return params
 

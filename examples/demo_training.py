@@ -16,7 +16,7 @@ from demo_data import BOS, Streams
 from demo_eval import total_bits, windows
 from jaxtyping import Array, Float, Int
 
-from paddock.model import Llama, LlamaConfig, param_specs
+from paddock.model import LayerStack, Llama, LlamaConfig, param_specs
 from paddock.sharding import Layout
 
 CHUNK = 50  # steps in one call, so that the host costs nothing
@@ -91,7 +91,7 @@ def training_logits(
         # Drop the embedding where tokens are looked up, not where they are predicted.
         config = dataclasses.replace(config, tie_embeddings=False)
         params = {**params, "head": params["embed"], "embed": drop(params["embed"], recipe.embed_dropout, embed_key)}
-    model = Llama(config, params, Layout.build())
+    model, stack = Llama(config, params, Layout.build()), LayerStack(config, params, Layout.build())
 
     def dropped(inner: Callable[..., jax.Array], key: jax.Array) -> Callable[..., jax.Array]:
         return lambda *args: drop(inner(*args), recipe.dropout, key)
@@ -102,11 +102,11 @@ def training_logits(
         weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
         return jnp.einsum("kgts,skh->tkgh", drop(weights, recipe.attention_dropout, keys[3 * layer]), v)
 
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(stack.layers):
         layer.attention = dropped(layer.attention, keys[3 * index + 1])  # type: ignore[assignment]
         layer.mlp = dropped(layer.mlp, keys[3 * index + 2])  # type: ignore[assignment]
-    hidden = model(token_ids, jnp.arange(token_ids.shape[0]), attend)
-    return model.logits(drop(hidden, recipe.dropout, last_key))
+    model.norm = dropped(model.norm, last_key)  # type: ignore[assignment]
+    return model.logits(stack(model.embed(token_ids), jnp.arange(token_ids.shape[0]), attend))
 
 
 @dataclasses.dataclass(frozen=True)

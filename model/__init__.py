@@ -1,7 +1,20 @@
 """What a Llama computes."""
 
 from .config import LlamaConfig, RopeConfig
-from .llama import Llama, forward
+from .llama import LayerStack, Llama, forward
 from .params import Dims, param_specs
+from .stages import Stages, placements, slot_specs, stack_stages
 
-__all__ = ["Dims", "Llama", "LlamaConfig", "RopeConfig", "forward", "param_specs"]
+__all__ = [
+    "Dims",
+    "LayerStack",
+    "Llama",
+    "LlamaConfig",
+    "RopeConfig",
+    "Stages",
+    "forward",
+    "param_specs",
+    "placements",
+    "slot_specs",
+    "stack_stages",
+]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from paddock.sharding import Layout
 
+from .activations import Activations
 from .config import LlamaConfig
 from .rope import apply_rope, cos_sin
 
@@ -53,16 +54,17 @@ class Attention(nnx.Module):
     over devices keeps each group together. `out` is [K, G, h, D].
     """
 
-    def __init__(self, params: Params, config: LlamaConfig):
-        self.qkv = nnx.Param(params["qkv"])
-        self.out = nnx.Param(params["out"])
+    def __init__(self, params: Params, config: LlamaConfig, placed: Activations):
+        self.placed = placed
+        self.qkv = nnx.Param(placed.used(params["qkv"], ("embed", "q_heads", None, "head_dim")))
+        self.out = nnx.Param(placed.used(params["out"], ("q_heads", None, "head_dim", "embed")))
         self.qkv_bias = nnx.Param(params["qkv_bias"]) if config.attention_bias else None
         self.out_bias = nnx.Param(params["out_bias"]) if config.attention_bias else None
 
     def __call__(
         self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array]
     ) -> Float[Array, "T D"]:
-        qkv = project(x, self.qkv[...])
+        qkv = project(self.placed.entering(x, "q_heads"), self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...][None]
         num_tokens, kv_heads, _, head_dim = qkv.shape
@@ -70,6 +72,7 @@ class Attention(nnx.Module):
         rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
         rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
         mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
+        mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
         out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
         return out if self.out_bias is None else out + self.out_bias[...][None]
 
@@ -78,66 +81,80 @@ class Mlp(nnx.Module):
     """SwiGLU (Shazeer 2020) with gate and up in one product; `gate_up` is [D, F, 2], so that splitting F keeps each
     gate with its up and [F 2] folds into one axis on every device."""
 
-    def __init__(self, params: Params, config: LlamaConfig):
-        self.gate_up = nnx.Param(params["gate_up"])
-        self.down = nnx.Param(params["down"])
+    def __init__(self, params: Params, config: LlamaConfig, placed: Activations):
+        self.placed = placed
+        self.gate_up = nnx.Param(placed.used(params["gate_up"], ("embed", "mlp", None)))
+        self.down = nnx.Param(placed.used(params["down"], ("mlp", "embed")))
         self.gate_up_bias = nnx.Param(params["gate_up_bias"]) if config.mlp_bias else None
         self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        both = project(x, self.gate_up[...])
+        both = project(self.placed.entering(x, "mlp"), self.gate_up[...])
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[...][None]
         hidden = jax.nn.silu(both[..., 0]) * both[..., 1]
-        out = project(hidden, self.down[...])
+        out = project(self.placed.inside(hidden, "mlp"), self.down[...])
         return out if self.down_bias is None else out + self.down_bias[...][None]
 
 
 class Layer(nnx.Module):
-    def __init__(self, params: Params, config: LlamaConfig):
+    def __init__(self, params: Params, config: LlamaConfig, placed: Activations):
         self.attention_norm = RMSNorm(params["attention_norm"], config.norm_eps)
-        self.attention = Attention(params, config)
+        self.attention = Attention(params, config, placed)
         self.mlp_norm = RMSNorm(params["mlp_norm"], config.norm_eps)
-        self.mlp = Mlp(params, config)
+        self.mlp = Mlp(params, config, placed)
 
 
-class Llama(nnx.Module):
-    """The whole model over arrays that already exist; cheap to build, so a traced function builds its own."""
+class LayerStack(nnx.Module):
+    """The layers that `params` holds, in order: all of a model, or those of one pipeline stage."""
 
     def __init__(self, config: LlamaConfig, params: Params, layout: Layout):
-        self.config, self.layout = config, layout
-        self.embed = nnx.Param(params["embed"])
-        self.layers = nnx.List([Layer(layer_params(params, i), config) for i in range(config.num_layers)])
-        self.norm = RMSNorm(params["norm"], config.norm_eps)
-        self.head = None if config.tie_embeddings else nnx.Param(params["head"])
+        self.config, self.placed = config, Activations(layout)
+        count = sum(name.endswith(".qkv") for name in params)
+        self.layers = nnx.List([Layer(layer_params(params, i), config, self.placed) for i in range(count)])
 
     def __call__(
         self,
-        token_ids: Int[Array, " T"],
+        x: Float[Array, "T D"],
         positions: Int[Array, " T"],
         attend: Attend,
         *,
         rope_length: int | None = None,
     ) -> Float[Array, "T D"]:
-        """Hidden states after the last norm. `rope_length`: see `cos_sin`."""
-        residual_axes = ("batch", "embed")
+        """The residual stream after the layers. `rope_length`: see `cos_sin`."""
         cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
-        with jax.named_scope("embed"):
-            x = self.layout.constrain(self.embed[...][token_ids], residual_axes)
+        x = self.placed.residual(x)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{index}"):
                 with jax.named_scope("attention"):
                     mixed = layer.attention(layer.attention_norm(x), cos, sin, lambda *qkv, i=index: attend(i, *qkv))
-                    x = x + self.layout.constrain(mixed, residual_axes)
+                    x = self.placed.residual(x + self.placed.residual(mixed))
                 with jax.named_scope("mlp"):
-                    x = x + self.layout.constrain(layer.mlp(layer.mlp_norm(x)), residual_axes)
-        return self.norm(x)
+                    x = self.placed.residual(x + self.placed.residual(layer.mlp(layer.mlp_norm(x))))
+        return x
+
+
+class Llama(nnx.Module):
+    """The whole model over arrays that already exist; cheap to build, so a traced function builds its own.
+
+    Its layers are apart, in `LayerStack`: pipeline stages run them elsewhere.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Params, layout: Layout):
+        self.config, self.placed = config, Activations(layout)
+        self.embedding = nnx.Param(params["embed"])
+        self.norm = RMSNorm(params["norm"], config.norm_eps)
+        self.head = None if config.tie_embeddings else nnx.Param(params["head"])
+
+    def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        with jax.named_scope("embed"):
+            return self.placed.residual(self.embedding[...][token_ids])
 
     def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Float32 logits over the padded vocabulary; the padding is -inf."""
+        """Float32 logits over the padded vocabulary, whose padding is -inf, of the residual stream after all layers."""
         with jax.named_scope("head"):
-            head = self.embed if self.head is None else self.head
-            logits = jnp.einsum("td,vd->tv", x, head[...], preferred_element_type=jnp.float32)
+            head = self.embedding if self.head is None else self.head
+            logits = jnp.einsum("td,vd->tv", self.norm(x), head[...], preferred_element_type=jnp.float32)
             if logits.shape[1] == self.config.vocab_size:
                 return logits
             is_token = jnp.arange(logits.shape[1]) < self.config.vocab_size
@@ -170,6 +187,8 @@ def forward(
     `rope_length` matters to dynamic RoPE alone: None rotates each token as cached decoding does, a length as a
     recompute at that length does.
     """
-    model = Llama(config, params, layout or Layout.build())
-    hidden = model(token_ids, jnp.arange(token_ids.shape[0]), dense_causal_attention, rope_length=rope_length)
+    layout = layout or Layout.build()
+    model, layers = Llama(config, params, layout), LayerStack(config, params, layout)
+    positions = jnp.arange(token_ids.shape[0])
+    hidden = layers(model.embed(token_ids), positions, dense_causal_attention, rope_length=rope_length)
     return model.logits(hidden)[:, : config.vocab_size]

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -27,14 +28,52 @@ def mosaic_mode(interpret: bool) -> Any:
     return importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams()
 
 
-def wgmma_transposed(accumulator: Any, a: Any, b: Any) -> None:
-    """accumulator [M, N] += a [M, k] @ b [N, k] transposed, all of them refs of one warpgroup."""
-    if _PUBLIC_INTERPRETER is not None:
-        plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
-        return
+def load(ref: Any, layout: Any) -> Any:
+    """The array in `ref`, in registers of that layout."""
+    if _PUBLIC_INTERPRETER is None:  # the interpreter of 0.10 knows no layouts
+        return ref[...]
+    return plgpu.load(ref, layout=layout, optimized=False)
 
-    def multiply(copy: Any) -> None:  # the interpreter of 0.10 takes no transposed operand
-        copy[...] = b[...].T
-        plgpu.wgmma(accumulator, a, copy)
 
-    pl.run_scoped(multiply, plgpu.SMEM(b.shape[::-1], b.dtype))
+def load_transposed(ref: Any, layout: Any) -> Any:
+    """The transpose of the matrix in `ref`, in registers of that layout."""
+    if _PUBLIC_INTERPRETER is None:  # the interpreter of 0.10 knows no transposed refs
+        return ref[...].T
+    return load(ref.transpose((1, 0)), layout)
+
+
+def store_transposed(ref: Any, value: Any) -> None:
+    """Write the transpose of a matrix to `ref`."""
+    if _PUBLIC_INTERPRETER is None:
+        ref[...] = value.T
+    else:
+        ref.transpose((1, 0))[...] = value
+
+
+def product(a: Any, b: Any, *, a_transposed: bool = False, b_transposed: bool = False) -> Any:
+    """a [M, k] @ b [k, N] in float32, refs of one warpgroup; transposed: the ref holds [k, M] or [N, k]."""
+    if _PUBLIC_INTERPRETER is None:
+        a, b = (ref[...].T if flip else ref[...] for ref, flip in ((a, a_transposed), (b, b_transposed)))
+        return jnp.dot(a, b, preferred_element_type=jnp.float32)
+    a, b = (ref.transpose((1, 0)) if flip else ref for ref, flip in ((a, a_transposed), (b, b_transposed)))
+
+    def multiply(accumulator: Any) -> Any:
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def semaphores(count: int) -> Any:
+    """Semaphores [count] that all blocks of a kernel see; JAX gives them to the kernel at 0 and gets them back at 0."""
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
+
+
+def semaphore_signal(semaphore: Any) -> None:
+    """Add 1, after everything this warpgroup wrote before."""
+    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
+
+
+def semaphore_wait(semaphore: Any, value: Any) -> None:
+    """Wait for `value`, and take it off; what the signallers wrote before can then be read."""
+    plgpu.semaphore_wait(semaphore, value, memory_scope="gpu")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .engine_config import EngineConfig
-    from .engine_loop import EngineLoop
+    from .front import Front
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestOutput
     from .sampling_params import SamplingParams
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "CompletionOutput": "outputs",
     "EngineConfig": "engine_config",
-    "EngineLoop": "engine_loop",
+    "Front": "front",
     "LLM": "llm",
     "Logprob": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
 }
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "EngineLoop", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Front", "Logprob", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> object:

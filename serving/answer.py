@@ -17,13 +17,13 @@ from .protocol import SAMPLING_FIELDS
 from .responses import ResponseBuilder
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 Outputs = Iterator[tuple[int, RequestOutput]]
 
 
 def answer(
-    engine: EngineLoop,
+    engine: Front,
     admission: Admission,
     builder: ResponseBuilder,
     prompts: Iterable[str | list[int]],
@@ -52,7 +52,7 @@ def answer(
 
 
 def _submit(
-    engine: EngineLoop,
+    engine: Front,
     connection: Connection,
     prompts: Iterable[str | list[int]],
     builder: ResponseBuilder,

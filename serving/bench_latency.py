@@ -13,7 +13,7 @@ from .cli_flags import engine_config
 from .collect_env import describe_devices
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(engine: EngineLoop, workload: Workload, iterations: int, warm_up: int, seed: int) -> dict[str, Any]:
+def measure(engine: Front, workload: Workload, iterations: int, warm_up: int, seed: int) -> dict[str, Any]:
     """The requests' latencies over all iterations; `batch` is the time of a whole batch, `itl` that of a step."""
     jobs = workload.jobs(seed)
     timings: list[Timing] = []

@@ -15,7 +15,7 @@ from .bench_workload import Job, random_prompt
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 
 def fixed_length(job: Job) -> SamplingParams:
@@ -24,7 +24,7 @@ def fixed_length(job: Job) -> SamplingParams:
 
 
 def run_jobs(
-    engine: EngineLoop, jobs: Sequence[Job], seed: int, *, concurrency: int | None = None, watch: bool = False
+    engine: Front, jobs: Sequence[Job], seed: int, *, concurrency: int | None = None, watch: bool = False
 ) -> tuple[list[Timing], float]:
     """Timings of all jobs and the seconds that they took together; at most `concurrency` at once.
 
@@ -55,6 +55,6 @@ def run_jobs(
     return timings, time.monotonic() - start
 
 
-def warm_up(engine: EngineLoop, job: Job) -> None:
+def warm_up(engine: Front, job: Job) -> None:
     """One short request, so that nothing is done for the first time while the clock runs."""
     run_jobs(engine, [dataclasses.replace(job, output_len=min(job.output_len, 4))], seed=1)

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     import jax  # noqa: F401
 
-    from . import engine_loop  # noqa: F401
+    from . import front  # noqa: F401
 
     result["import_s"] = time.perf_counter() - begin
 

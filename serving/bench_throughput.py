@@ -13,7 +13,7 @@ from .cli_flags import engine_config
 from .collect_env import describe_devices
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(engine: EngineLoop, workload: Workload, seed: int) -> dict[str, Any]:
+def measure(engine: Front, workload: Workload, seed: int) -> dict[str, Any]:
     """Run the workload once, after a short request that is not counted."""
     jobs = workload.jobs(seed)
     warm_up(engine, jobs[0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 
 from .scheduler import Schedule
 
@@ -34,22 +36,36 @@ class BucketTable:
     """The buckets of an engine: few, since each is an executable.
 
     Decoding alone has rows of many sizes, powers of two and three quarters of the largest; beside chunks there are none
-    or the most there can be, because a chunk's products dwarf those of padded rows.
+    or the most there can be, because a chunk's products dwarf those of padded rows. All sizes are multiples of
+    `num_partitions`, each of which has an equal share of the rows, and of what else the layout splits rows into.
     """
 
     decodes: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
     max_chunks: int
     variants: tuple[bool, ...]
+    num_partitions: int = 1
 
     @classmethod
-    def of(cls, *, max_num_seqs: int, max_num_batched_tokens: int, max_chunks: int, on_cpu: bool) -> BucketTable:
+    def of(
+        cls,
+        *,
+        max_decodes: int,
+        max_num_batched_tokens: int,
+        max_chunks: int,
+        on_cpu: bool,
+        multiple: int = 1,
+        num_partitions: int = 1,
+    ) -> BucketTable:
+        """`max_decodes` and `max_num_batched_tokens` must be multiples of `multiple`."""
+        decodes, tokens = max_decodes // multiple, max_num_batched_tokens // multiple
         # Branches are cheap on CPU: one variant with all of them in it.
         return cls(
-            decodes=tuple(sorted({*_ladder(1, max_num_seqs, 2), max(1, max_num_seqs * 3 // 4)})),
-            chunk_tokens=_ladder(min(64, max_num_batched_tokens), max_num_batched_tokens, 8),
-            max_chunks=max_chunks,
+            decodes=tuple(n * multiple for n in sorted({*_ladder(1, decodes, 2), max(1, decodes * 3 // 4)})),
+            chunk_tokens=tuple(n * multiple for n in _ladder(min(-(-64 // multiple), tokens), tokens, 8)),
+            max_chunks=max(1, max_chunks // num_partitions) * num_partitions,
             variants=(True,) if on_cpu else (False, True),
+            num_partitions=num_partitions,
         )
 
     def all(self) -> list[Bucket]:
@@ -58,13 +74,23 @@ class BucketTable:
         shapes += [(decodes, t, self.max_chunks) for decodes in (0, self.decodes[-1]) for t in self.chunk_tokens]
         return sorted((Bucket(*shape, full) for shape in shapes for full in self.variants), reverse=True)
 
-    def choose(self, schedule: Schedule, *, full: bool) -> Bucket:
-        """The smallest bucket that holds `schedule`."""
+    def choose(self, schedules: Iterable[Schedule], *, full: bool) -> Bucket:
+        """The smallest bucket that holds each of `schedules`, which are all in the pipeline at once."""
         full = full or False not in self.variants
-        if not schedule.chunks:
-            return Bucket(_at_least(self.decodes, len(schedule.decodes)), 0, 0, full)
-        decodes = self.decodes[-1] if schedule.decodes else 0
-        return Bucket(decodes, _at_least(self.chunk_tokens, schedule.num_chunk_tokens), self.max_chunks, full)
+        decodes = tokens = 0
+        for schedule in schedules:
+            decodes = max(decodes, self._most(Counter(seq.partition for seq in schedule.decodes)))
+            lengths: Counter[int] = Counter()
+            for chunk in schedule.chunks:
+                lengths[chunk.seq.partition] += chunk.length
+            tokens = max(tokens, self._most(lengths))
+        if not tokens:
+            return Bucket(_at_least(self.decodes, decodes), 0, 0, full)
+        return Bucket(self.decodes[-1] if decodes else 0, _at_least(self.chunk_tokens, tokens), self.max_chunks, full)
+
+    def _most(self, counts: Counter[int]) -> int:
+        """Rows that are needed when every partition has as many as the fullest."""
+        return self.num_partitions * max(counts.values(), default=0)
 
 
 def _ladder(low: int, high: int, factor: int) -> tuple[int, ...]:

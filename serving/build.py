@@ -36,8 +36,8 @@ class Built:
     startup_seconds: dict[str, float]
 
 
-def build(config: EngineConfig, *, progress: bool = False) -> Built:
-    """Raises ValueError (CheckpointError among them) naming what cannot be had."""
+def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> Built:
+    """The engine of one replica. Raises ValueError (CheckpointError among them) naming what cannot be had."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -49,7 +49,7 @@ def build(config: EngineConfig, *, progress: bool = False) -> Built:
 
     with phase("resolve"):
         prepare(config)
-        resolved = resolve(config)
+        resolved = resolve(config, replica=replica)
         tokenizer, chat_template = _text_side(config, resolved)
     with phase("load"):
         folder = resolved.folder or Path()
@@ -63,13 +63,13 @@ def build(config: EngineConfig, *, progress: bool = False) -> Built:
             progress=progress,
         )
     with phase("compile"):
-        executor = Executor(resolved.plan, resolved.buckets, params, resolved.num_pages, progress=progress)
-    pool = PagePool(resolved.num_pages, resolved.page_size)
+        executor = Executor(resolved.programs, params, progress=progress)
     scheduler = Scheduler(
-        pool,
+        [PagePool(resolved.num_pages, resolved.page_size) for _ in range(resolved.plan.num_partitions)],
         max_num_seqs=resolved.plan.num_slots,
         max_num_batched_tokens=resolved.plan.max_chunk_tokens,
         max_chunks=resolved.buckets.max_chunks,
+        num_stages=resolved.plan.stages.count,
     )
     limits = Limits(
         vocab_size=resolved.model.vocab_size,

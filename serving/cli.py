@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_bench(commands)
+    _add_sweep(commands)
     _add_convert(commands)
     _command(commands, "collect-env", "collect_env", "print versions, devices and memory, for a bug report")
     return parser
@@ -139,6 +140,30 @@ def _add_lengths(parser: argparse.ArgumentParser, prompt: int, output: int) -> N
     text = "tokens: N, or LOW:HIGH to draw from (default: %(default)s)"
     parser.add_argument("--input-len", default=str(prompt), metavar="N", help=f"prompt {text}")
     parser.add_argument("--output-len", default=str(output), metavar="N", help=f"generated {text}")
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "sweep", "cli_sweep", "try many layouts: bytes, collectives, speed, tokens")
+    group = parser.add_argument_group("sweep", "every layout with every batch size and prompt length")
+    group.add_argument("--meshes", nargs="+", default=[], metavar="MESH", help="as --mesh, each with the default rules")
+    group.add_argument("--presets", nargs="+", default=[], metavar="NAME", help="as --layout, over all devices")
+    group.add_argument(
+        "--layouts", nargs="+", default=[], metavar="LAYOUT", help="'mesh=tensor=4; rules=vocab=; preset=; name='"
+    )
+    group.add_argument("--config", metavar="FILE", help="TOML: [[layout]] tables, batch_sizes, input_lens, output_len")
+    group.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="sequences at once (default: 8)")
+    group.add_argument("--input-lens", nargs="+", type=int, metavar="N", help="tokens of a prompt (default: 128)")
+    group.add_argument("--output-len", type=int, metavar="N", help="tokens after each prompt (default: 32)")
+    group.add_argument("--devices", type=int, metavar="N", help="run on so many virtual CPU devices")
+    group.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="per layout (default: 900)")
+    group.add_argument(
+        "--out", default="sweep", metavar="FOLDER", help="rows.jsonl, report.html and logs; a second run goes on there"
+    )
+    group.add_argument("--retry-failed", action="store_true", help="run again what failed before")
+    group.add_argument(
+        "--explain", action="store_true", help="say what --mesh, --rules, --layout do to each array; run nothing"
+    )
+    add_engine_flags(parser)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

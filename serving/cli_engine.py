@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 from .engine_config import EngineConfig
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 
-def start_engine(config: EngineConfig) -> EngineLoop:
+def start_engine(config: EngineConfig) -> Front:
     """Load and compile. JAX is imported here and not before: it must first hear how many devices there are."""
-    from .engine_loop import EngineLoop
+    from .front import Front
 
-    return EngineLoop(config, progress=True)
+    return Front(config, progress=True)
 
 
 @contextlib.contextmanager
-def running_engine(config: EngineConfig) -> Iterator[EngineLoop]:
+def running_engine(config: EngineConfig) -> Iterator[Front]:
     engine = start_engine(config)
     try:
         yield engine

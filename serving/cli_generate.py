@@ -12,7 +12,7 @@ from .cli_flags import engine_config, sampling_params
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 DEFAULT_MAX_TOKENS = 128
 CHAT_HELP = "/reset forgets the conversation, /exit (or Ctrl+D) ends; Ctrl+C stops an answer"
@@ -38,7 +38,7 @@ def chat(args: argparse.Namespace) -> int:
     return 0
 
 
-def converse(engine: EngineLoop, params: SamplingParams, lines: Iterator[str], system: str | None = None) -> None:
+def converse(engine: Front, params: SamplingParams, lines: Iterator[str], system: str | None = None) -> None:
     """Answer each line with the conversation so far in mind. Raises ValueError if there is no chat template."""
     if engine.chat_template is None:
         raise ValueError("chat needs a tokenizer and a chat template, and this model has none")
@@ -61,7 +61,7 @@ def converse(engine: EngineLoop, params: SamplingParams, lines: Iterator[str], s
             messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def write_answer(engine: EngineLoop, prompt: list[int], params: SamplingParams) -> str:
+def write_answer(engine: Front, prompt: list[int], params: SamplingParams) -> str:
     """Print what the model says as it says it; Ctrl+C ends it there. Returns the text."""
     stream = engine.submit(prompt, params)
     text = ""
@@ -78,7 +78,7 @@ def write_answer(engine: EngineLoop, prompt: list[int], params: SamplingParams) 
     return text
 
 
-def _tokenize(engine: EngineLoop, text: str) -> list[int]:
+def _tokenize(engine: Front, text: str) -> list[int]:
     if engine.tokenizer is None:
         raise ValueError("this model has no tokenizer, so there is no text to generate")
     return engine.tokenizer.encode(text)

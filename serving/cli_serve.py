@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import NoReturn
 
 from .cli_flags import engine_config
+from .engine_config import EngineConfig
+from .processes import Processes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--shutdown-grace must be at least 0, got {args.shutdown_grace}")
     if args.max_concurrent_requests < 1:
         raise ValueError(f"--max-concurrent-requests must be at least 1, got {args.max_concurrent_requests}")
+    processes = Processes.of(config)
+    if processes is not None and processes.index:
+        with _exits_at_once():
+            _follow(config)
+        return 0
     from . import wsgi
 
     sock = wsgi.bind(args.host, args.port)
@@ -32,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         from .server import create_app
 
         print(f"Paddock loads {config.model or 'the bundled model'} and compiles its steps", flush=True)
-        engine = cli_engine.start_engine(config)
+        with _exits_at_once() if processes is not None else contextlib.nullcontext():
+            engine = cli_engine.start_engine(config)
         app = create_app(
             engine,
             api_key=args.api_key or os.environ.get("PADDOCK_API_KEY"),
@@ -40,8 +51,40 @@ def run(args: argparse.Namespace) -> int:
         )
         code = wsgi.serve(app, engine, sock, grace_seconds=args.shutdown_grace, name=engine.model_name)
     if code:
-        # The device is lost or hangs, and what JAX would do at exit might wait for it for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _exit_at_once(code)
     return code
+
+
+def _follow(config: EngineConfig) -> None:
+    """Process 0 decides when this one ends: a signal often comes to both, and process 0 still finishes requests."""
+    from .follower import follow
+
+    def on_signal(number: int, frame: object) -> None:
+        print("Paddock ends with process 0; another signal ends this process at once", file=sys.stderr, flush=True)
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
+
+    def on_ready() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+
+    follow(config, on_ready=on_ready)
+
+
+@contextlib.contextmanager
+def _exits_at_once() -> Iterator[None]:
+    """An error ends the program as `cli.main` would end it, but without waiting for other processes."""
+    try:
+        yield
+    except SystemExit as error:
+        _exit_at_once(int(error.code or 0))
+    except Exception as error:
+        print(f"paddock: {error}", file=sys.stderr)
+        _exit_at_once(2 if isinstance(error, ValueError | OSError) else 1)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """A device is lost or hangs, or a process is, and what JAX would do at exit might wait for it for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

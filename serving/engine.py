@@ -23,7 +23,9 @@ logger = logging.getLogger("paddock")
 class StepRunner(Protocol):
     """What the engine asks of the device side (`Executor`; tests bring their own)."""
 
-    def dispatch(self, schedule: Schedule) -> StepFuture: ...
+    @property
+    def in_flight(self) -> bool: ...
+    def dispatch(self, schedule: Schedule) -> StepFuture | None: ...
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None: ...
     def reset(self) -> None: ...
 
@@ -119,7 +121,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle and self._pending is None
+        return self.scheduler.is_idle and self._pending is None and not self.runner.in_flight
 
     def close(self) -> None:
         """Let go of the step on its way."""
@@ -130,21 +132,23 @@ class Engine:
         schedule = self.scheduler.schedule()
         result = StepResult(schedule)
         before, self._pending = self._pending, None
+        raised = False
         try:
-            if schedule:
+            if schedule or self.runner.in_flight:
                 self._sync_bias(schedule)
                 self._pending = self.runner.dispatch(schedule)
         except Exception as error:
+            raised = True
             self._fail(result, _members(schedule), error)
         if before is not None:
             try:
                 self._commit(result, before)
             except Exception as error:
-                sent = list(_members(schedule)) if self._pending else []
+                raised, sent = True, [] if self._pending is None else _members(schedule)
                 self._pending = None
                 self._fail(result, [*(seq for _, seq in before.rows), *sent], error)
-        if result.failed:
-            self._recover(result)
+        if raised:
+            self._recover()
         elif self.is_idle:
             self.scheduler.check_idle()
         return result
@@ -157,10 +161,9 @@ class Engine:
         result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
         for sampled in tokens:
             seq, token = sampled.seq, sampled.token_id
+            self.scheduler.landed(seq, token)
             if seq.status is SequenceStatus.FINISHED:
                 continue
-            seq.in_flight -= 1
-            seq.output_token_ids.append(token)
             result.tokens.append(sampled)
             if token in seq.stop_token_ids:
                 is_eos = token in self.limits.eos_token_ids and not seq.params.ignore_eos
@@ -192,9 +195,9 @@ class Engine:
                 self.scheduler.finish(seq, "error")
                 result.failed.append(seq)
 
-    def _recover(self, result: StepResult) -> None:
+    def _recover(self) -> None:
         """A step that raised may have taken the donated cache with it: everything else that runs is recomputed."""
-        self.scheduler.preempt_all()
+        self.scheduler.restart()
         try:
             self.runner.reset()
         except Exception as error:

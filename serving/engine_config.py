@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any
+
+from paddock.sharding import LayoutText
+
+# Mesh axes and the fields that are short for them, slowest-varying first.
+_SHORTHANDS = {"data": "data_parallel_size", "pipe": "pipeline_parallel_size", "tensor": "tensor_parallel_size"}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -35,9 +41,12 @@ class EngineConfig:
         None, "longest prompt + output in tokens; auto: the model's, capped by the cache"
     )
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
-    mesh: str = option("", "device mesh, as in 'tensor=4'")
-    rules: str = option("", "sharding rules over the defaults, as in 'mlp=tensor,vocab='")
+    mesh: str = option("", "device mesh, as in 'data=2,pipe=2,tensor=2'")
+    rules: str = option("", "sharding rules over the defaults, as in 'mlp=tensor,vocab=pipe+tensor'")
+    layout: str = option("", "mesh and rules from a .toml file or a preset, as in 'sequence-parallel'")
     tensor_parallel_size: int = option(1, "shorthand for --mesh tensor=N", short="-tp")
+    pipeline_parallel_size: int = option(1, "shorthand for --mesh pipe=N", short="-pp")
+    data_parallel_size: int = option(1, "shorthand for --mesh data=N: replicas of the engine", short="-dp")
     block_size: int = option(64, "tokens per KV cache page")
     gpu_memory_utilization: float = option(0.9, "share of each accelerator's memory to use")
     kv_cache_memory_bytes: int | None = option(
@@ -49,17 +58,25 @@ class EngineConfig:
     max_logprobs: int = option(20, "largest logprobs or prompt_logprobs that a request may ask for")
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")
     prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
+    coordinator_address: str = option(
+        "", "host:port of process 0 when one engine runs in several; auto: as Slurm or Open MPI say"
+    )
+    num_processes: int | None = option(None, "processes that run one engine together; auto: with coordinator_address")
+    process_id: int | None = option(None, "which of them this is; 0 serves, the others follow")
+    broadcast_port: int | None = option(None, "port of process 0 for the others; auto: the coordinator's + 1")
+    heartbeat_timeout_seconds: int = option(10, "silence after which a process counts as dead, which ends the others")
     compile_cache_dir: str | None = option(None, "folder of compiled programs; auto: ~/.cache/paddock/compiled")
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("tensor_parallel_size", "block_size"):
+        for name in (*_SHORTHANDS.values(), "block_size", "heartbeat_timeout_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if kind == int | None and value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            least = 0 if name == "process_id" else 1
+            if kind == int | None and value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.max_logprobs < 0:
@@ -68,8 +85,9 @@ class EngineConfig:
             choices = field.metadata.get("choices")
             if choices and getattr(self, field.name) not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {getattr(self, field.name)!r}")
-        if self.tensor_parallel_size > 1 and self.mesh:
-            raise ValueError("tensor_parallel_size and mesh both name a layout; give one of them")
+        short = next((name for name in _SHORTHANDS.values() if getattr(self, name) > 1), None)
+        if short and (self.mesh or self.layout):
+            raise ValueError(f"{short} and {'mesh' if self.mesh else 'layout'} both name a layout; give one of them")
 
     def _check_types(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
@@ -82,8 +100,9 @@ class EngineConfig:
                 shown = getattr(kind, "__name__", str(kind))
                 raise ValueError(f"{name} must be of type {shown}, got {value!r}")
 
-    @property
-    def mesh_text(self) -> str:
-        if self.tensor_parallel_size > 1:
-            return f"tensor={self.tensor_parallel_size}"
-        return self.mesh
+    @functools.cached_property
+    def layout_text(self) -> LayoutText:
+        """The layout that all the flags about it ask for. Raises ValueError naming what is wrong."""
+        sizes = [(axis, getattr(self, name)) for axis, name in _SHORTHANDS.items()]
+        shorthand = ",".join(f"{axis}={size}" for axis, size in sizes if size > 1)
+        return LayoutText.read(self.mesh or shorthand, self.rules, self.layout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import queue
 import threading
@@ -15,15 +14,16 @@ from typing import Any
 
 import jax
 
-from .build import build
 from .engine import Engine, StepResult
 from .engine_config import EngineConfig
 from .errors import EngineBusy, EngineDead
 from .metrics import Metrics
 from .outputs import RequestTimes, TokenLogprobs
+from .peers import Peers
 from .request import OutputKind, RequestStream, TokenEvent, event_of
 from .sampling_params import SamplingParams
 from .sequence import Sequence, SequenceStatus
+from .turn import Admission, Lockstep, Turn
 
 logger = logging.getLogger("paddock")
 
@@ -31,8 +31,6 @@ logger = logging.getLogger("paddock")
 STALL_SECONDS = 120.0
 # How long `shutdown` waits for the step that runs.
 JOIN_SECONDS = 15.0
-# Characters a token beyond which a prompt is measured before it is tokenized.
-LONG_TEXT = 16
 
 
 @dataclasses.dataclass
@@ -44,24 +42,38 @@ class _Member:
     last_token: float | None = None
 
 
+@dataclasses.dataclass
+class _Wishes:
+    """What other threads asked for since the step before."""
+
+    admitted: list[RequestStream] = dataclasses.field(default_factory=list)
+    # Outputs of a request that shall end, and why.
+    aborted: list[tuple[RequestStream, list[int], str]] = dataclasses.field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.admitted or self.aborted)
+
+
 class EngineLoop:
     """Loads a model, compiles its steps, and runs them in a thread of its own until `shutdown`.
 
-    Raises ValueError, CheckpointError among them, when the model or an option cannot be had.
+    With an engine in several processes this is process 0, and waits for the others to start. Raises ValueError,
+    CheckpointError among them, when the model or an option cannot be had.
     """
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False):
-        built = build(config, progress=progress)
-        self._start(built.engine, built.executor.release)
+    def __init__(self, config: EngineConfig, *, replica: int = 0, progress: bool = False):
+        self._peers = Peers(config)
+        built = self._peers.build(config, replica=replica, progress=progress)
+        self._start(built.engine, built.executor.release, replica)
         self.config = config
         self.startup_seconds = built.startup_seconds
         self.model_name = config.served_model_name or config.model or "paddock-demo"
-        self.created = int(time.time())
         self.tokenizer, self.chat_template = built.tokenizer, built.chat_template
         self.default_params = built.resolved.default_params
         self.max_model_len = built.resolved.max_model_len
         self.vocab_size = built.resolved.model.vocab_size
-        self.metrics = Metrics(self.model_name)
+        self.num_slots = built.resolved.plan.num_slots
+        self.metrics = Metrics(self.model_name, str(replica))
         self.metrics.on_compile(built.executor.num_compilations)
         jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         for kind, num_bytes in built.executor.bytes_per_device().items():
@@ -73,10 +85,12 @@ class EngineLoop:
         )
         self.executor = built.executor
         self._thread.start()
+        self._peers.watch(self._lose_peer, self.shutdown)
 
-    def _start(self, engine: Engine, release: Callable[[], None]) -> None:
+    def _start(self, engine: Engine, release: Callable[[], None], replica: int) -> None:
         self.engine, self._release = engine, release
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lockstep = Lockstep(engine, alone=self._peers.is_alone)
+        self._inbox: queue.SimpleQueue[Callable[[_Wishes], None] | None] = queue.SimpleQueue()
         self._members: dict[Sequence, _Member] = {}
         # Sequences left of each request, from `submit` on.
         self._unfinished: dict[RequestStream, int] = {}
@@ -84,33 +98,32 @@ class EngineLoop:
         self._dead: str | None = None
         self._beat = time.monotonic()
         self._num_preemptions = 0
+        # Each is written under the lock or by one thread alone, so that their difference needs no lock.
+        self._num_submitted = self._num_ended = 0
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="paddock-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"paddock-engine-{replica}", daemon=True)
 
     # --- other threads ---
 
     def submit(
         self,
-        prompt: str | list[int],
+        prompt_token_ids: list[int],
         params: SamplingParams,
         *,
+        prompt: str | None = None,
         request_id: str | None = None,
         output_kind: OutputKind = "delta",
         on_event: Callable[[RequestStream], None] | None = None,
     ) -> RequestStream:
-        """Queue a request. A string is tokenized here, in the caller's thread.
+        """Queue a request that `Engine.check` let pass; `prompt` is its text, if there is one.
 
-        `on_event` is called in the engine's thread whenever there is something to `get`. Raises ValueError naming the
-        bad argument, EngineBusy when the queue is full or the engine is shutting down, EngineDead.
+        `on_event` is called in the engine's thread whenever there is something to `get`. Raises EngineBusy when the
+        engine is shutting down, EngineDead.
         """
-        token_ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this engine has none")
-        self.engine.check(token_ids, params)
         stream = RequestStream(
             request_id=request_id or f"req-{uuid.uuid4().hex}",
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=token_ids,
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
             params=params,
             tokenizer=self.tokenizer,
             times=RequestTimes(arrival=time.monotonic()),
@@ -123,24 +136,20 @@ class EngineLoop:
                 raise EngineDead(self._dead)
             if not self._accepting:
                 raise EngineBusy("the engine is shutting down")
-            limit = self.config.max_num_queued_reqs
-            if limit is not None and sum(other.times.scheduled is None for other in list(self._unfinished)) >= limit:
-                self.metrics.on_rejected()
-                raise EngineBusy(f"{limit} requests are waiting already; try again later")
             self._unfinished[stream] = params.n
-            self._inbox.put(lambda: self._admit(stream))
+            self._num_submitted += params.n
+            self._inbox.put(lambda wishes: wishes.admitted.append(stream))
         return stream
 
-    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Raises ValueError without a tokenizer, and for a text that is too long whatever its tokens turn out to be."""
-        if self.tokenizer is None:
-            raise ValueError("prompt is a string, but this engine has no tokenizer: give prompt_token_ids")
-        # Tokenizing megabytes would hold up everybody; the vocabulary is only looked at for texts that are suspect.
-        if len(text) > LONG_TEXT * self.max_model_len and len(text) > self._longest_token * self.max_model_len:
-            raise ValueError(
-                f"prompt has {len(text)} characters, more than fit the context of {self.max_model_len} tokens"
-            )
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences submitted and not yet ended, those on their way to the engine's thread included."""
+        return self._num_submitted - self._num_ended
+
+    @property
+    def num_queued(self) -> int:
+        """Requests of which no step has run."""
+        return sum(stream.times.scheduled is None for stream in list(self._unfinished))
 
     def health(self) -> str | None:
         """None while steps make progress or there is nothing to do; else what is wrong."""
@@ -160,7 +169,7 @@ class EngineLoop:
 
     def load(self) -> dict[str, int]:
         scheduler = self.engine.scheduler
-        return {"running": len(scheduler.running), "waiting": len(scheduler.waiting)}
+        return {"running": scheduler.num_running, "waiting": len(scheduler.waiting)}
 
     def shutdown(self, grace_seconds: float = 0.0) -> bool:
         """Refuse new requests, let those there are finish for `grace_seconds`, abort the rest, free the devices.
@@ -176,64 +185,77 @@ class EngineLoop:
             already, self._stopping = self._stopping, True
         if not already:
             self._inbox.put(None)
-        self._thread.join(timeout=JOIN_SECONDS)
+        # A step whose other parts are gone never ends.
+        self._thread.join(timeout=1.0 if self._peers.lost.is_set() else JOIN_SECONDS)
         return not self._thread.is_alive()
 
-    @functools.cached_property
-    def _longest_token(self) -> int:
-        """Most characters that one token can stand for."""
-        assert self.tokenizer is not None
-        return max(len(self.tokenizer.id_to_bytes(token)) for token in range(self.tokenizer.vocab_size))
-
     def _abort(self, stream: RequestStream, indices: list[int], reason: str) -> None:
-        self._inbox.put(lambda: self._abort_now(stream, indices, reason))
+        self._inbox.put(lambda wishes: wishes.aborted.append((stream, indices, reason)))
 
     def _note_compile(self, event: str, *_: object, **__: object) -> None:
-        if event.endswith("backend_compile_duration"):
+        # Whatever else compiles in this process - another replica, the user's own programs - is no step of ours.
+        if event.endswith("backend_compile_duration") and threading.current_thread() is self._thread:
             self.metrics.on_compile()
 
     # --- the engine's thread ---
 
     def _run(self) -> None:
         try:
-            while self._drain():
+            while (wishes := self._collect()) is not None:
                 self._beat = time.monotonic()
-                result = self.engine.step()
+                self._tell(wishes)
+                result = self._lockstep.run()
+                self._peers.check(result)
                 self._deliver(result, time.monotonic() - self._beat)
         except BaseException as error:
             logger.critical("the engine stopped: %s", error, exc_info=error)
-            self._die(f"the engine stopped: {error}")
+            self._die(f"the engine stopped: {self._peers.reason(error)}")
+            self._peers.fail()
         else:
             self._die("the engine is shut down", reason="abort")
+            self._peers.end(self.executor)
         finally:
             jax.monitoring.unregister_event_duration_listener(self._note_compile)
             self.engine.close()
             self._release()
 
-    def _drain(self) -> bool:
-        """Take in what other threads asked for, waiting for it when there is nothing to run; False: stop."""
+    def _collect(self) -> _Wishes | None:
+        """Take in what other threads asked for, waiting for it when there is nothing to run; None: stop."""
+        wishes = _Wishes()
         while True:
             try:
-                command = self._inbox.get(block=self.engine.is_idle)
+                command = self._inbox.get(block=self.engine.is_idle and not wishes)
             except queue.Empty:
-                return True
+                return wishes
             if command is None:
-                return False
-            self._beat = time.monotonic()
-            command()
-            if self.engine.is_idle:
-                self._report_load()
+                return None
+            command(wishes)
 
-    def _admit(self, stream: RequestStream) -> None:
-        stream.sequences = self.engine.add(stream.prompt_token_ids, stream.params)
-        for index, seq in enumerate(stream.sequences):
-            self._members[seq] = _Member(stream, index)
-
-    def _abort_now(self, stream: RequestStream, indices: list[int], reason: str) -> None:
-        for index in indices:
+    def _tell(self, wishes: _Wishes) -> None:
+        """Tell the engine, in every process, what joins and what ends before the next step."""
+        ids: dict[RequestStream, list[int]] = {}
+        first = self._lockstep.num_sequences
+        for stream in wishes.admitted:
+            ids[stream] = list(range(first, first + stream.params.n))
+            first += stream.params.n
+        ending = [
+            (stream, index, reason, (ids.get(stream) or [seq.seq_id for seq in stream.sequences])[index])
+            for stream, indices, reason in wishes.aborted
+            for index in indices
+        ]
+        turn = Turn(
+            self._lockstep.step,
+            tuple(Admission(stream.prompt_token_ids, stream.params) for stream in wishes.admitted),
+            tuple(seq_id for *_, seq_id in ending),
+            self._lockstep.digest,
+        )
+        self._peers.tell(turn)
+        for stream, sequences in zip(wishes.admitted, self._lockstep.take(turn), strict=True):
+            stream.sequences = sequences
+            self._members |= {seq: _Member(stream, index) for index, seq in enumerate(sequences)}
+        for stream, index, reason, _ in ending:
             seq = stream.sequences[index]
-            if seq.status is not SequenceStatus.FINISHED:
-                self.engine.abort([seq])
+            if seq in self._members:
                 stream.put(TokenEvent(index, None, finish_reason="abort"))
                 self._forget(seq, reason)
 
@@ -246,13 +268,13 @@ class EngineLoop:
             member = self._members.get(chunk.seq)
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
+        self._note_tokens(result, now)
         for sampled in result.tokens:
             seq = sampled.seq
             member = self._members[seq]
             event = event_of(sampled, member.index)
             if seq in scores:
                 event = dataclasses.replace(event, prompt_logprobs=tuple(scores.pop(seq)))
-            self._note_token(member, seq, now)
             member.stream.put(event)
             if seq.status is SequenceStatus.FINISHED:
                 self._forget(seq, seq.finish_reason or "stop")
@@ -264,19 +286,25 @@ class EngineLoop:
                 continue
             failed.stream.put(TokenEvent(failed.index, None, error=result.error))
             others = [other for other in failed.stream.sequences if other.status is not SequenceStatus.FINISHED]
-            self.engine.abort(others)
+            self._lockstep.abort(other.seq_id for other in others)
             for lost in (seq, *others):
                 self._forget(lost, "error")
         self._report_step(result, seconds)
 
-    def _note_token(self, member: _Member, seq: Sequence, now: float) -> None:
-        times = member.stream.times
-        if times.first_token is None:
-            times.first_token = now
-            self.metrics.on_first_token(now - times.arrival)
-            self.metrics.on_prompt(seq.num_prompt)
-        self.metrics.on_tokens(1, None if member.last_token is None else now - member.last_token)
-        times.last_token = member.last_token = now
+    def _note_tokens(self, result: StepResult, now: float) -> None:
+        """Before anybody hears of the tokens: who has the last one may look at the metrics at once."""
+        gaps = []
+        for sampled in result.tokens:
+            member = self._members[sampled.seq]
+            times = member.stream.times
+            if times.first_token is None:
+                times.first_token = now
+                self.metrics.on_first_token(now - times.arrival)
+                self.metrics.on_prompt(sampled.seq.num_prompt)
+            if member.last_token is not None:
+                gaps.append(now - member.last_token)
+            times.last_token = member.last_token = now
+        self.metrics.on_tokens(len(result.tokens), gaps)
 
     def _forget(self, seq: Sequence, reason: str) -> None:
         member = self._members.pop(seq, None)
@@ -284,6 +312,7 @@ class EngineLoop:
             return
         stream = member.stream
         self._unfinished[stream] -= 1
+        self._num_ended += 1
         if not self._unfinished[stream]:
             del self._unfinished[stream]
             generated = sum(len(other.output_token_ids) for other in stream.sequences)
@@ -296,9 +325,9 @@ class EngineLoop:
                 bucket=result.bucket,
                 seconds=seconds,
                 num_tokens=result.num_tokens,
-                running=len(scheduler.running),
+                running=scheduler.num_running,
                 waiting=len(scheduler.waiting),
-                kv_usage=scheduler.pool.usage,
+                kv_usage=scheduler.usage,
                 preemptions=scheduler.num_preemptions - self._num_preemptions,
             )
             self._num_preemptions = scheduler.num_preemptions
@@ -307,18 +336,25 @@ class EngineLoop:
 
     def _report_load(self) -> None:
         scheduler = self.engine.scheduler
-        self.metrics.set_load(len(scheduler.running), len(scheduler.waiting), scheduler.pool.usage)
+        self.metrics.set_load(scheduler.num_running, len(scheduler.waiting), scheduler.usage)
 
     def _die(self, message: str, reason: str = "error") -> None:
         """End every stream, those still in the inbox included; later ones are refused."""
         with self._lock:
-            self._accepting, self._dead = False, message
-        while not self._inbox.empty():
-            command = self._inbox.get()
-            if command is not None:
-                command()
+            self._accepting, self._dead = False, self._dead or message
+        event: dict[str, Any] = {"finish_reason": "abort"} if reason == "abort" else {"error": message}
+        for stream in list(self._unfinished):
+            if not stream.sequences:
+                stream.sequences = self.engine.add(stream.prompt_token_ids, stream.params)
+                self._members |= {seq: _Member(stream, index) for index, seq in enumerate(stream.sequences)}
         for seq, member in list(self._members.items()):
             self.engine.abort([seq])
-            event: dict[str, Any] = {"finish_reason": "abort"} if reason == "abort" else {"error": message}
             member.stream.put(TokenEvent(member.index, None, **event))
             self._forget(seq, reason)
+
+    def _lose_peer(self, message: str) -> None:
+        """Another process is gone: end every stream now, for this one's thread may hang in a step for ever."""
+        with self._lock:
+            self._accepting, self._dead = False, message
+        for stream in list(self._unfinished):
+            stream.put(TokenEvent(0, None, error=message))

@@ -13,3 +13,7 @@ class RequestFailed(RuntimeError):
 
 class EngineDead(RuntimeError):
     """The device is lost: nothing more will run in this process (HTTP 503)."""
+
+
+class OutOfStep(RuntimeError):
+    """This process has not done what the others did: it cannot go on with them."""

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import functools
 import math
-import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from paddock.model import Dims
-
-from .bucket import Bucket, BucketTable
-from .kv_cache import abstract_cache, cache_spec
+from .bucket import Bucket
 from .outputs import Logprob, TokenLogprobs
+from .pack import Group, Packer, lay_out
+from .pipeline import Params
+from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
 from .scheduler import Schedule
 from .sequence import Sequence
-from .step import Params, StepOutput, StepPlan, bind, edit_bias, score_rows, step
-from .step_input import PackedLayout, needs_full, pack
-
-# Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
-SCORE_ROWS = 32
-BIAS_ENTRIES = 512
+from .step_plan import StepOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,74 +70,23 @@ def _token_logprobs(host: list[np.ndarray], row: int, count: int) -> TokenLogpro
     return found
 
 
+NOTHING = Schedule((), ())
+
+
 class Executor:
     """Owns everything on the devices. All calls come from one thread: steps run in the order they are sent."""
 
-    def __init__(self, plan: StepPlan, buckets: BucketTable, params: Params, num_pages: int, *, progress: bool = False):
-        self.plan, self.buckets, self.params = plan, buckets, params
-        dims = Dims.of(plan.config, plan.layout)
-        self._packings = {b: PackedLayout(b, plan.page_size, plan.num_slots) for b in buckets.all()}
-        dtype = params["embed"].dtype
-        self._abstract = (
-            abstract_cache(cache_spec(dims, num_pages, plan.page_size, dtype), plan.config.num_layers, plan.layout),
-            plan.abstract_state(dims.vocab),
-        )
-        self._everywhere = plan.layout.sharding()
-        self._executables = self._compile(progress)
-        self.cache, self.state = self._executables["allocate"]()
-
-    def _compile(self, progress: bool) -> dict[Any, jax.stages.Compiled]:
-        """Every executable there will ever be, in parallel threads."""
-        abstract_params = {name: _shaped(value) for name, value in self.params.items()}
-        cache, state = self._abstract
-        out = self._everywhere
-        kept = jax.tree.map(lambda x: x.sharding, (cache, state))
-
-        def packed_shape(bucket: Bucket) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((self._packings[bucket].size,), jnp.int32, sharding=out)
-
-        def compile_step(bucket: Bucket) -> jax.stages.Compiled:
-            fn = bind(step, self.plan, self._packings[bucket])
-            jitted = jax.jit(fn, donate_argnums=(1, 2), out_shardings=(*kept, out))
-            return jitted.lower(abstract_params, cache, state, packed_shape(bucket)).compile()
-
-        def ints(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=out)
-
-        def compile_bias() -> jax.stages.Compiled:
-            jitted = jax.jit(edit_bias, donate_argnums=0, out_shardings=kept[1])
-            entries = ints(BIAS_ENTRIES), ints(BIAS_ENTRIES, dtype=jnp.float32)
-            return jitted.lower(state, ints(), ints(), *entries).compile()
-
-        def compile_score() -> jax.stages.Compiled:
-            hidden = ints(self.plan.max_chunk_tokens, self.plan.config.embed_dim, dtype=self.params["embed"].dtype)
-            jitted = jax.jit(bind(score_rows, self.plan), out_shardings=out)
-            return jitted.lower(abstract_params, hidden, ints(SCORE_ROWS), ints(SCORE_ROWS)).compile()
-
-        def compile_allocate() -> jax.stages.Compiled:
-            zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._abstract)
-            return jax.jit(zeros, out_shardings=kept).lower().compile()
-
-        jobs: dict[Any, Callable[[], jax.stages.Compiled]] = {
-            bucket: functools.partial(compile_step, bucket) for bucket in self._packings
-        }
-        jobs |= {"edit_bias": compile_bias, "score": compile_score, "allocate": compile_allocate}
-        # Without this float32 products may run in TF32 on a GPU, and tokens would depend on the card.
-        precision = "highest" if self.params["embed"].dtype == jnp.float32 else None
-
-        def run(job: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
-            with jax.default_matmul_precision(precision):
-                return job()
-
-        with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            futures = {pool.submit(run, job): key for key, job in jobs.items()}
-            done = concurrent.futures.as_completed(futures)
-            bar = tqdm(done, total=len(futures), desc="Compiling steps", unit="step", disable=not progress)
-            return {futures[future]: future.result() for future in bar}
+    def __init__(self, programs: Programs, params: Params, *, progress: bool = False):
+        self.programs, self.plan, self.buckets, self.params = programs, programs.plan, programs.buckets, params
+        self.compiled = programs.compile(progress=progress)
+        self._packer = Packer(self.plan.page_size, self.plan.num_slots)
+        # What is at each pipeline stage, the latest to enter first; without stages only what was sent last.
+        self._groups: deque[Group | None] = deque([None] * self.plan.stages.count, maxlen=self.plan.stages.count)
+        self.cache, self.state = self.compiled["allocate"]()
 
     @property
     def num_compilations(self) -> int:
-        return len(self._executables)
+        return len(self.compiled)
 
     def bytes_per_device(self) -> dict[str, int]:
         """Bytes on the first device, by kind."""
@@ -157,19 +97,43 @@ class Executor:
         """Fresh cache and state, after a step that raised may have eaten the donated ones."""
         # The old ones go first: there is no room for two caches.
         _delete((self.cache, self.state))
-        self.cache, self.state = self._executables["allocate"]()
+        self._groups.extend([None] * len(self._groups))
+        self.cache, self.state = self.compiled["allocate"]()
 
-    def dispatch(self, schedule: Schedule) -> StepFuture:
-        """Send one step; returns before it has run."""
-        members = [*schedule.decodes, *(chunk.seq for chunk in schedule.chunks)]
-        full = any(needs_full(seq.params) for seq in members)
-        bucket = self.buckets.choose(schedule, full=full)
-        packed = jax.device_put(pack(self._packings[bucket], schedule), self._everywhere)
-        self.cache, self.state, output = self._executables[bucket](self.params, self.cache, self.state, packed)
+    @property
+    def in_flight(self) -> bool:
+        """Whether groups are still between pipeline stages: they come out as further steps are sent."""
+        return any(self._groups[stage] for stage in range(len(self._groups) - 1))
+
+    def dispatch(self, schedule: Schedule) -> StepFuture | None:
+        """Send one step; returns before it has run. What is returned comes out of the last stage in this step: without
+        stages `schedule` itself, with stages an earlier one, and None where the pipeline was still filling."""
+        self._groups.appendleft(self._packer.group(schedule) if schedule else None)
+        leaving = self._groups[-1]
+        groups = [group for group in self._groups if group]
+        bucket = self.buckets.choose((group.schedule for group in groups), full=leaving is not None and leaving.full)
+        packed = np.empty(self.programs.packed_shape(bucket), np.int32)
+        rows = packed.reshape(len(self._groups), -1)
+        placed = [self._lay_out(bucket, group, row) for group, row in zip(self._groups, rows, strict=True)]
+        arguments = (self.params, self.cache, self.state, self.plan.layout.put(packed))
+        self.cache, self.state, output = self.compiled[bucket](*arguments)
+        if leaving is None:
+            return None
         output.sampled.tokens.copy_to_host_async()
-        rows = [(row, seq) for row, seq in enumerate(schedule.decodes)]
-        rows += [(bucket.decodes + i, chunk.seq) for i, chunk in enumerate(schedule.chunks) if chunk.samples]
-        return StepFuture(rows, bucket, schedule.num_tokens, output, list(self._score_prompts(schedule, output)))
+        return self._future(bucket, leaving, *placed[-1], output)
+
+    def _lay_out(self, bucket: Bucket, group: Group | None, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        packing = self.programs.packings[bucket]
+        return lay_out(packing, group or self._packer.group(NOTHING), self.plan.num_partitions, packed)
+
+    def _future(
+        self, bucket: Bucket, group: Group, decode_rows: np.ndarray, chunk_rows: np.ndarray, output: StepOutput
+    ) -> StepFuture:
+        schedule = group.schedule
+        rows = list(zip(decode_rows.tolist(), schedule.decodes, strict=True))
+        places = chunk_rows.tolist()
+        rows += [(bucket.decodes + places[i], chunk.seq) for i, chunk in enumerate(schedule.chunks) if chunk.samples]
+        return StepFuture(rows, bucket, schedule.num_tokens, output, list(self._score_prompts(group, output)))
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
         """Change a slot's logit bias from the next step on."""
@@ -181,34 +145,30 @@ class Executor:
             ids[: len(part)] = [token for token, _ in part]
             values[: len(part)] = [value for _, value in part]
             arguments = (np.int32(slot), np.int32(clear and start == 0), ids, values)
-            placed = jax.device_put(arguments, self._everywhere)
-            self.state = self._executables["edit_bias"](self.state, *placed)
+            placed = [self.plan.layout.put(np.asarray(argument)) for argument in arguments]
+            self.state = self.compiled["edit_bias"](self.state, *placed)
 
-    def _score_prompts(self, schedule: Schedule, output: StepOutput) -> Iterable[tuple[Sequence, list[int], Any]]:
-        offset = 0
-        for chunk in schedule.chunks:
+    def _score_prompts(self, group: Group, output: StepOutput) -> Iterable[tuple[Sequence, list[int], Any]]:
+        share = self.plan.max_chunk_tokens // self.plan.num_partitions
+        for chunk, offset in zip(group.schedule.chunks, group.chunks[1].tolist(), strict=True):
             seq = chunk.seq
             if seq.params.prompt_logprobs is not None:
                 # Row i of the chunk predicts position start+i+1; what a preempted sequence was told is not told again.
                 first = max(chunk.start + 1, seq.num_prompt_scored + 1)
                 last = min(chunk.start + chunk.length, seq.num_prompt - 1)
+                begin = seq.partition * share + offset - chunk.start - 1
                 for start in range(first, last + 1, SCORE_ROWS):
                     positions = list(range(start, min(start + SCORE_ROWS, last + 1)))
                     rows = np.zeros((2, SCORE_ROWS), np.int32)
-                    rows[0, : len(positions)] = [offset + p - chunk.start - 1 for p in positions]
+                    rows[0, : len(positions)] = [begin + p for p in positions]
                     rows[1, : len(positions)] = [seq.prompt_token_ids[p] for p in positions]
-                    placed = jax.device_put((rows[0], rows[1]), self._everywhere)
-                    yield seq, positions, self._executables["score"](self.params, output.hidden, *placed)
-            offset += chunk.length
+                    placed = self.plan.layout.put(rows[0]), self.plan.layout.put(rows[1])
+                    yield seq, positions, self.compiled["score"](self.params, output.hidden, *placed)
 
     def release(self) -> None:
         """Give the device memory back."""
         _delete((self.params, self.cache, self.state))
-        self._executables.clear()
-
-
-def _shaped(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        self.compiled.clear()
 
 
 def _delete(tree: Any) -> None:

@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from paddock.model import Dims
+from paddock.model import Dims, Stages
 from paddock.sharding import ArraySpec, Layout
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer: each pool is [P, K, p, h], so that one (page, head) tile is contiguous."""
+    """Keys and values by layer slot: each pool is [P, K, p, h], so that one (page, head) tile is contiguous; over
+    pipeline stages [stages, P, K, p, h]."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
 
-    def append(
-        self, layer: int, k: jax.Array, v: jax.Array, page: Int[Array, " T"], offset: Int[Array, " T"]
-    ) -> KVCache:
-        """With k and v [T K h] written at (page, offset) of `layer`; in place once the cache is donated."""
-        new_k = self.k[layer].at[page, :, offset].set(k.astype(self.k[layer].dtype))
-        new_v = self.v[layer].at[page, :, offset].set(v.astype(self.v[layer].dtype))
-        return KVCache(_replace(self.k, layer, new_k), _replace(self.v, layer, new_v))
 
-
-def _replace(pools: tuple[jax.Array, ...], layer: int, pool: jax.Array) -> tuple[jax.Array, ...]:
-    return (*pools[:layer], pool, *pools[layer + 1 :])
+def append(
+    pool: Float[Array, "P K p h"], rows: Float[Array, "T K h"], page: Int[Array, " T"], offset: Int[Array, " T"]
+) -> Float[Array, "P K p h"]:
+    """`pool` with `rows` written at (page, offset); in place once the cache is donated."""
+    return pool.at[page, :, offset].set(rows.astype(pool.dtype))
 
 
 def cache_spec(dims: Dims, num_pages: int, page_size: int, dtype: Any) -> ArraySpec:
-    """One layer's pool of keys, or of values."""
-    shape = (num_pages, dims.kv_heads, page_size, dims.config.head_dim)
-    return ArraySpec(shape, jnp.dtype(dtype), ("pages", "kv_heads", None, "head_dim"))
+    """One layer's pool of keys, or of values; `num_pages` of all partitions together."""
+    shape = (num_pages, dims.cache_heads, page_size, dims.config.head_dim)
+    return ArraySpec(shape, jnp.dtype(dtype), ("pages", "q_heads", None, "head_dim"), yields=True)
 
 
 def page_bytes(dims: Dims, layout: Layout, page_size: int, dtype: Any) -> int:
-    """Bytes per device of one page: keys and values of all layers."""
-    return 2 * dims.config.num_layers * layout.bytes_per_device(cache_spec(dims, 1, page_size, dtype))
+    """Bytes per device of one page of its partition: keys and values of all layer slots."""
+    num_slots = Stages.of(dims.config, layout).num_slots
+    spec = cache_spec(dims, layout.num_shards("pages"), page_size, dtype)
+    return 2 * num_slots * layout.bytes_per_device(spec)
 
 
-def abstract_cache(spec: ArraySpec, num_layers: int, layout: Layout) -> KVCache:
-    pools: Any = (layout.abstract(spec),) * num_layers  # shapes where arrays will be
+def abstract_cache(spec: ArraySpec, stages: Stages, layout: Layout) -> KVCache:
+    if stages.count > 1:
+        spec = dataclasses.replace(spec, shape=(stages.count, *spec.shape), axes=("layers", *spec.axes))
+    pools: Any = (layout.abstract(spec),) * stages.num_slots  # shapes where arrays will be
     return KVCache(pools, pools)

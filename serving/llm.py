@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from .engine_config import EngineConfig
-from .engine_loop import EngineLoop
+from .front import Front
 from .outputs import RequestOutput
 from .request import RequestStream
 from .sampling_params import SamplingParams
@@ -32,7 +32,7 @@ class LLM:
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"LLM has no option {unknown[0]!r}; there are {', '.join(known)}")
-        self.engine = EngineLoop(EngineConfig(model=model, **options), progress=progress)
+        self.engine = Front(EngineConfig(model=model, **options), progress=progress)
         self.tokenizer = self.engine.tokenizer
         # An LLM that is dropped without close() must not hold the devices.
         self._finalizer = weakref.finalize(self, self.engine.shutdown)

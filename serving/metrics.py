@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -47,8 +47,11 @@ class Histogram:
         return pairs
 
 
-class Metrics(Collector):
-    """What one engine did; every method may be called from any thread. Times are in seconds."""
+class Metrics:
+    """What one engine did; every method may be called from any thread. Times are in seconds.
+
+    engine: the index of its replica, a label of every metric.
+    """
 
     def __init__(self, model_name: str, engine: str = "0") -> None:
         self._labels = (model_name, engine)
@@ -66,8 +69,6 @@ class Metrics(Collector):
         self._cache_config: dict[str, str] = {}
         self._itl = self._histograms["vllm:inter_token_latency_seconds"]
         self._iteration = self._histograms["vllm:iteration_tokens_total"]
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
 
     def on_step(
         self,
@@ -100,12 +101,12 @@ class Metrics(Collector):
         """Prompt tokens were computed."""
         self._count("vllm:prompt_tokens", num_tokens)
 
-    def on_tokens(self, num_tokens: int, itl_seconds: float | None) -> None:
-        """A sequence got tokens, `itl_seconds` after its previous ones (None: these are its first)."""
+    def on_tokens(self, num_tokens: int, itl_seconds: Iterable[float]) -> None:
+        """Tokens came out of a step; `itl_seconds` after the ones before, for each sequence that had some."""
         with self._lock:
             self._counters["vllm:generation_tokens"] += num_tokens
-            if itl_seconds is not None:
-                self._itl.observe(itl_seconds)
+            for seconds in itl_seconds:
+                self._itl.observe(seconds)
 
     def on_first_token(self, seconds: float) -> None:
         """A sequence's first token came, `seconds` after its arrival."""
@@ -150,16 +151,10 @@ class Metrics(Collector):
         with self._lock:
             self._cache_config = {name: str(value) for name, value in labels.items()}
 
-    def render(self) -> bytes:
-        """The text exposition format, for `/metrics`."""
-        return generate_latest(self._registry)
-
-    def collect(self) -> Iterator[MetricFamily]:
+    def families(self) -> list[MetricFamily]:
+        """Everything as it is now, always in the same order."""
         with self._lock:
-            yield from list(self._families())
-
-    def describe(self) -> Iterator[MetricFamily]:
-        return iter(())  # nothing to check for duplicates: the registry holds this collector alone
+            return list(self._families())
 
     def _families(self) -> Iterator[MetricFamily]:
         for name, (value, text) in self._gauges.items():
@@ -203,6 +198,28 @@ class Metrics(Collector):
     def _observe(self, name: str, value: float) -> None:
         with self._lock:
             self._histograms[name].observe(value)
+
+
+class MetricsPage(Collector):
+    """The metrics of several engines on one page: a family for each name, with every engine's samples in it."""
+
+    def __init__(self, engines: Sequence[Metrics]) -> None:
+        self.engines = tuple(engines)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def render(self) -> bytes:
+        """The text exposition format, for `/metrics`."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[MetricFamily]:
+        for first, *others in zip(*(engine.families() for engine in self.engines), strict=True):
+            for other in others:
+                first.samples += other.samples
+            yield first
+
+    def describe(self) -> Iterator[MetricFamily]:
+        return iter(())  # nothing to check for duplicates: the registry holds this collector alone
 
 
 # Exposed with `_total` at the end.

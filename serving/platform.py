@@ -11,6 +11,7 @@ from jax._src import xla_bridge  # no public name tells whether a backend has st
 from paddock.sharding import MeshConfig
 
 from .engine_config import EngineConfig
+from .processes import Processes
 
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
@@ -19,17 +20,23 @@ def prepare(config: EngineConfig) -> None:
     """Give JAX its number of CPU devices, its share of GPU memory and its cache of compiled programs.
 
     A device count or memory share that the user set is left alone. Raises ValueError when JAX has already started
-    with too few devices for the mesh, or on a GPU with another share of its memory.
+    with too few devices for the mesh, or on a GPU with another share of its memory. One of several processes is joined
+    with the others here; harmless the second time.
     """
     directory = Path(config.compile_cache_dir or default_cache_dir()).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    devices = MeshConfig.parse(config.mesh_text).num_devices
+    mesh = config.layout_text.mesh
+    devices = MeshConfig.parse(mesh).num_devices
+    processes = Processes.of(config)
+    if processes is not None:
+        _join(config, processes)
+        return
     if xla_bridge.backends_are_initialized():
         if devices > len(jax.devices()):
             raise ValueError(
-                f"the mesh {config.mesh_text} needs {devices} devices, but JAX has already started with "
+                f"the mesh {mesh} needs {devices} devices, but JAX has already started with "
                 f"{len(jax.devices())}; make the LLM before anything else uses JAX, or set jax_num_cpu_devices yourself"
             )
         if jax.default_backend() == "gpu" and _FRACTION not in os.environ:
@@ -38,11 +45,43 @@ def prepare(config: EngineConfig) -> None:
                 f"the GPU with its own share; make the LLM before anything else uses JAX, or set {_FRACTION}"
             )
         return
+    _set_devices(config, devices)
+
+
+def _set_devices(config: EngineConfig, devices: int) -> None:
     os.environ.setdefault(_FRACTION, str(config.gpu_memory_utilization))
     count_given = jax.config.jax_num_cpu_devices > 0  # type: ignore[attr-defined]
     asked = count_given or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if devices > 1 and not asked:
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _join(config: EngineConfig, processes: Processes) -> None:
+    """Raises ValueError when the processes' devices are not those of the mesh, or JAX has started without them."""
+    if not jax.distributed.is_initialized():
+        if xla_bridge.backends_are_initialized():
+            raise ValueError(
+                "several processes come too late: JAX has already started in this one; make the LLM before anything "
+                "else uses JAX, and only one in a program"
+            )
+        wanted = MeshConfig.parse(config.layout_text.mesh).num_devices
+        if wanted % processes.count == 0:
+            _set_devices(config, wanted // processes.count)
+        # Or a process that finds a program in its cache of compiled ones leaves the others waiting for its share.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_shard_autotuning=false"
+        processes.join(config.heartbeat_timeout_seconds)
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        # Measured with gloo on JAX 0.10.2 and 0.11.2: steps that overlap wait for each other for ever.
+        raise ValueError(
+            f"each of several processes may have one CPU device, but this one has {jax.local_device_count()}: start "
+            "more processes for the mesh"
+        )
+    mesh = config.layout_text.mesh_config(jax.device_count())
+    if mesh.num_devices != jax.device_count():
+        raise ValueError(
+            f"the mesh {mesh} has {mesh.num_devices} devices, but {processes.count} processes bring "
+            f"{jax.device_count()}: all of them must be part of it"
+        )
 
 
 def default_cache_dir() -> Path:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import psutil
 
 from paddock.checkpoints import GenerationConfig, resolve_model
-from paddock.model import Dims, LlamaConfig, param_specs
+from paddock.model import Dims, LlamaConfig, Stages, slot_specs
 from paddock.model.shapes import SHAPES
 from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, mosaic_mode
 from paddock.sharding import Layout
+from paddock.sharding.memory import show_bytes
 
 from .bucket import BucketTable
 from .engine_config import EngineConfig
+from .footprint import MAX_CHUNKS, SLACK, Footprint, free_bytes, refuse_too_large
 from .kv_cache import page_bytes
+from .programs import Programs
 from .sampling_params import SamplingParams
-from .step import StepPlan
+from .step_plan import StepPlan
 
 logger = logging.getLogger("paddock")
 
-MAX_CHUNKS = 16
+# Attention in plain JAX, which the compiler can partition along head_dim.
+SPLITTABLE = {"blocked", "reference"}
 CPU_CACHE_SHARE, CPU_CACHE_LIMIT = 0.10, 4 * 2**30
 GIB = 2**30
 
@@ -47,26 +54,27 @@ class Resolved:
     def page_size(self) -> int:
         return self.plan.page_size
 
+    @property
+    def programs(self) -> Programs:
+        return Programs(self.plan, self.buckets, self.num_pages)
 
-def resolve(config: EngineConfig) -> Resolved:
-    """Raises ValueError naming the option that cannot be had."""
+
+def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) -> Resolved:
+    """For one of the mesh's replicas. Raises ValueError naming the option that cannot be had, and for a layout that needs
+    more memory than there is, if it `must_fit`: what is only described may be larger."""
     folder, model, generation = _model(config)
     try:
         default_params = SamplingParams(**generation.sampling_defaults())
     except ValueError as error:
         raise ValueError(f"generation_config.json of {config.model or 'the bundled model'}: {error}") from error
-    layout = Layout.build(config.mesh_text, config.rules)
-    _refuse_unbuilt(layout)
+    text = config.layout_text
+    layout = Layout.build(text.mesh_config(jax.device_count()), text.rules, replica=replica)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else model.dtype)
-    budget = config.max_num_batched_tokens or (512 if on_cpu else 2048)
-    max_num_seqs = config.max_num_seqs or min(32 if on_cpu else 256, budget)
-    if max_num_seqs > budget:
-        raise ValueError(
-            f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: each running sequence needs a "
-            "token in every step"
-        )
-    for spec in param_specs(model, layout, dtype).values():
+    stages, partitions = Stages.of(model, layout), layout.num_shards("batch")
+    multiple = math.lcm(partitions, layout.num_shards("tokens"))
+    budget, max_num_seqs = _step_size(config, on_cpu, multiple)
+    for spec in slot_specs(model, layout, dtype).values():
         layout.place(spec)
 
     if config.max_model_len and config.max_model_len > model.context_length:
@@ -76,10 +84,13 @@ def resolve(config: EngineConfig) -> Resolved:
     longest = config.max_model_len or model.context_length
     dims = Dims.of(model, layout)
     per_page = page_bytes(dims, layout, config.block_size, dtype)
-    num_bytes = config.kv_cache_memory_bytes or _cache_bytes(model, layout, dtype, max_num_seqs, budget, on_cpu)
+    footprint = Footprint(model, dtype, config.block_size, max_num_seqs, budget, longest, 0 if on_cpu else SLACK)
+    num_bytes = config.kv_cache_memory_bytes or sys.maxsize
+    if must_fit:
+        num_bytes = _cache_bytes(config, footprint, layout, text.mesh_config(jax.device_count()).num_devices)
     pages_per_seq = -(-longest // config.block_size)
     # One page is scratch; more than every slot at full length could never be used.
-    num_pages = min(num_bytes // per_page, max_num_seqs * pages_per_seq + 1)
+    num_pages = min(num_bytes // per_page, max_num_seqs // partitions * pages_per_seq + 1)
     holds = max(num_pages - 1, 0) * config.block_size
     if holds < min(longest, 2) or (config.max_model_len and holds < config.max_model_len):
         raise ValueError(
@@ -95,11 +106,18 @@ def resolve(config: EngineConfig) -> Resolved:
         decode = _fastest_decode(layout.mesh.devices.flat[0], dtype, dims, config.block_size)
     if prefill == "auto":
         prefill = "blocked"
+    if layout.num_shards("head_dim") > 1 and not {decode, prefill} <= SPLITTABLE:
+        raise ValueError(
+            f"rules: head_dim is split over {'+'.join(layout.rules.head_dim)}, which {decode} decode and {prefill} prefill "
+            f"attention cannot be; {', '.join(sorted(SPLITTABLE))} can"
+        )
     plan = StepPlan(
         config=model,
         layout=layout,
+        dtype=dtype,
         page_size=config.block_size,
         num_slots=max_num_seqs,
+        max_decodes=-(-max_num_seqs // (stages.count * multiple)) * multiple,
         pages_per_seq=-(-max_model_len // config.block_size),
         max_chunk_tokens=budget,
         num_logprobs=min(config.max_logprobs, model.vocab_size),
@@ -108,10 +126,12 @@ def resolve(config: EngineConfig) -> Resolved:
         branches=on_cpu,
     )
     buckets = BucketTable.of(
-        max_num_seqs=max_num_seqs,
+        max_decodes=plan.max_decodes,
         max_num_batched_tokens=budget,
         max_chunks=min(MAX_CHUNKS, max_num_seqs),
         on_cpu=on_cpu,
+        multiple=multiple,
+        num_partitions=partitions,
     )
     logger.info(
         "%s on %s, %s, %s decode; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, %d tokens a step",
@@ -138,36 +158,46 @@ def _model(config: EngineConfig) -> tuple[Path | None, LlamaConfig, GenerationCo
     return folder, model, GenerationConfig.from_folder(folder, model)
 
 
-def _refuse_unbuilt(layout: Layout) -> None:
-    for axis in ("batch", "layers", "pages", "head_dim", "embed"):
-        if layout.num_shards(axis) > 1:
-            raise ValueError(f"rules: splitting {axis} is not supported; q_heads, kv_heads, mlp and vocab can be split")
-
-
-def _cache_bytes(model: LlamaConfig, layout: Layout, dtype: str, max_num_seqs: int, budget: int, on_cpu: bool) -> int:
-    """Bytes per device for pages: on CPU a stated share of RAM, else what weights and steps leave."""
-    if on_cpu:
-        return min(int(psutil.virtual_memory().total * CPU_CACHE_SHARE), CPU_CACHE_LIMIT)
-    stats = layout.mesh.devices.flat[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        raise ValueError("this device does not tell its memory; give kv_cache_memory_bytes")
-    weights = sum(layout.bytes_per_device(spec) for spec in param_specs(model, layout, dtype).values())
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    left = free - weights - _step_bytes(model, max_num_seqs, budget, dtype)
-    if left <= 0:
+def _step_size(config: EngineConfig, on_cpu: bool, multiple: int) -> tuple[int, int]:
+    """Tokens of a step and sequences at once, each a multiple of the pieces that the layout cuts rows into."""
+    budget = config.max_num_batched_tokens or (512 if on_cpu else 2048) // multiple * multiple or multiple
+    max_num_seqs = config.max_num_seqs or min(32 if on_cpu else 256, budget) // multiple * multiple
+    for name, value in (("max_num_batched_tokens", budget), ("max_num_seqs", max_num_seqs)):
+        if value % multiple:
+            low = value // multiple * multiple
+            raise ValueError(
+                f"{name} {value} does not divide into the {multiple} pieces that the rules for batch and tokens cut "
+                f"rows into; the nearest that do are {f'{low} or ' if low else ''}{low + multiple}"
+            )
+    if max_num_seqs > budget:
         raise ValueError(
-            f"the weights take {weights / GIB:.1f} GiB per device and {free / GIB:.1f} GiB are free: nothing is left "
-            "for the KV cache; use more devices"
+            f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: each running sequence needs a "
+            "token in every step"
         )
+    return budget, max_num_seqs
+
+
+def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num_devices: int) -> int:
+    """Bytes per device for pages: what was asked for; else on CPU a stated share of RAM, on others what weights and
+    steps leave. Raises ValueError when the model or the cache does not fit."""
+    asked = config.kv_cache_memory_bytes
+    available = free_bytes(layout, num_devices)
+    if available is None:
+        if asked is None:
+            raise ValueError("this device does not tell its memory; give kv_cache_memory_bytes")
+        return asked
+    refuse_too_large(footprint, layout, config.max_model_len or footprint.page_size, available)
+    left = available - footprint.of(layout, 0).total
+    if asked is not None:
+        if asked > left:
+            raise ValueError(
+                f"kv_cache_memory_bytes is {show_bytes(asked)}, but weights and steps leave {show_bytes(left)} of the "
+                f"{show_bytes(available)} free on each device"
+            )
+        return asked
+    if layout.mesh.devices.flat[0].platform == "cpu":
+        return min(int(psutil.virtual_memory().total * CPU_CACHE_SHARE) // num_devices, CPU_CACHE_LIMIT, left)
     return left
-
-
-def _step_bytes(model: LlamaConfig, slots: int, budget: int, dtype: str) -> int:
-    """An upper estimate of what a step needs besides weights and pages: activations, logits, sampler state."""
-    activations = budget * (4 * model.embed_dim + 4 * model.mlp_dim) * jnp.dtype(dtype).itemsize
-    logits = 8 * (slots + MAX_CHUNKS) * model.vocab_size * 4
-    state = 9 * slots * model.vocab_size
-    return activations + logits + state + GIB
 
 
 def _fastest_decode(device: Any, dtype: str, dims: Dims, page_size: int) -> str:

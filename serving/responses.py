@@ -15,7 +15,7 @@ from .outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 Json = dict[str, Any]
 
@@ -30,7 +30,7 @@ class ResponseBuilder:
     kind: str
     chunk_kind: str
 
-    def __init__(self, engine: EngineLoop, params: SamplingParams, body: CompletionBody | ChatBody) -> None:
+    def __init__(self, engine: Front, params: SamplingParams, body: CompletionBody | ChatBody) -> None:
         self.engine, self.params = engine, params
         self.token_ids_wanted = bool(body.return_token_ids)
         self.prompt_logprobs_wanted = body.prompt_logprobs is not None
@@ -116,7 +116,7 @@ class CompletionBuilder(ResponseBuilder):
 
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, engine: EngineLoop, params: SamplingParams, body: CompletionBody) -> None:
+    def __init__(self, engine: Front, params: SamplingParams, body: CompletionBody) -> None:
         super().__init__(engine, params, body)
         self.body = body
         self._offsets: dict[int, int] = {}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
+import heapq
 from collections import deque
+from collections.abc import Sequence as Many
 
 from .page_pool import PagePool
+from .partition import Partition
 from .sequence import Sequence, SequenceStatus
+
+# Fewest tokens of prompts in a tick of the pipeline, while there are so many: smaller products waste a GPU.
+MIN_MICRO_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """One step: a token for each decoding sequence, and chunks of others."""
+    """One step: a token for each decoding sequence, and chunks of others; both partition by partition."""
 
     decodes: tuple[Sequence, ...]
     chunks: tuple[Chunk, ...]
@@ -39,6 +44,11 @@ class Schedule:
     def num_tokens(self) -> int:
         return len(self.decodes) + self.num_chunk_tokens
 
+    @property
+    def sampling(self) -> list[Sequence]:
+        """The sequences that this step samples a token for, in order."""
+        return [*self.decodes, *(chunk.seq for chunk in self.chunks if chunk.samples)]
+
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 
@@ -47,81 +57,158 @@ class Scheduler:
     """First come first served, decodes before prompts, prompts in chunks, preemption by recompute.
 
     Every step has a budget of `max_num_batched_tokens`. A decoding sequence that finds no free page takes those of
-    the latest arrival, which goes back to the head of the queue and is computed again later.
+    the latest arrival of its partition, which goes back to the head of the queue and is computed again later. Slots,
+    budget and chunks are divided equally over the partitions, one for each of `pools`.
+
+    With `num_stages` pipeline stages a schedule is one tick: its sequences come out `num_stages` ticks later, and only
+    then may be scheduled again. Taking at most an equal share of the decoding sequences each tick keeps `num_stages`
+    groups of the same size in flight, and prompts are cut so that there is a chunk for every stage.
     """
 
-    def __init__(self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_chunks: int):
-        self.pool = pool
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_chunks = max_chunks
+    def __init__(
+        self,
+        pools: Many[PagePool],
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_chunks: int,
+        num_stages: int = 1,
+    ):
+        count = len(pools)
+        self.partitions = [Partition(i, pool, max_num_seqs // count) for i, pool in enumerate(pools)]
+        self.max_num_batched_tokens = max_num_batched_tokens // count
+        self.max_chunks = max(1, max_chunks // count)
+        self.num_stages = num_stages
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival, that is of seq_id
         self.num_preemptions = 0
-        self.num_slots = max_num_seqs
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._tick = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
     @property
+    def running(self) -> list[Sequence]:
+        """All admitted sequences in order of arrival."""
+        return list(heapq.merge(*(part.running for part in self.partitions), key=lambda seq: seq.seq_id))
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(part.running) for part in self.partitions)
+
+    @property
+    def usage(self) -> float:
+        """Share of usable pages in use, 0 to 1."""
+        return sum(part.pool.usage for part in self.partitions) / len(self.partitions)
+
+    @property
     def is_idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and not any(part.running for part in self.partitions)
 
     def schedule(self) -> Schedule:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
-        budget = self.max_num_batched_tokens
-        decodes: list[Sequence] = []
-        for seq in list(self.running):
-            if seq.status is not SequenceStatus.RUNNING or not seq.is_decoding or seq.is_complete:
-                continue
-            if budget == 0 or not self._grow_or_preempt(seq):
-                continue
-            decodes.append(seq)
-            budget -= 1
+        self._tick += 1
+        decodes = [self._decode(part) for part in self.partitions]
+        budgets = [self.max_num_batched_tokens - len(taken) for taken in decodes]
+        if self.num_stages > 1:
+            budgets = self._micro_batches(budgets)
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
-        chunks: list[Chunk] = []
-        for seq in self.running:
-            if not seq.is_decoding and not seq.is_complete and budget and len(chunks) < self.max_chunks:
-                budget -= self._append_chunk(chunks, seq, budget)
-        while self.waiting and budget and len(chunks) < self.max_chunks and self._free_slots:
+        chunks: list[list[Chunk]] = [[] for _ in self.partitions]
+        for part, mine in zip(self.partitions, chunks, strict=True):
+            for seq in part.running:
+                if not seq.has_sampled and budgets[part.index] and len(mine) < self.max_chunks:
+                    budgets[part.index] -= self._append_chunk(mine, seq, budgets[part.index])
+        while self.waiting:
             seq = self.waiting[0]
+            room = [p for p in self.partitions if budgets[p.index] and len(chunks[p.index]) < self.max_chunks]
+            room = [part for part in room if part.can_admit(seq)]
             # A preempted sequence's newest token may still be on the device: it must be known to be recomputed.
-            if seq.in_flight or not self.pool.can_take(self.pool.pages_for(seq.num_tokens)):
+            if seq.in_flight or not room:
                 break
             self.waiting.popleft()
-            self._admit(seq)
-            budget -= self._append_chunk(chunks, seq, budget)
-        for seq in decodes:
-            seq.num_computed += 1
-            seq.in_flight += 1
-        for chunk in chunks:
-            chunk.seq.num_computed += chunk.length
-            chunk.seq.in_flight += chunk.samples
-            chunk.seq.has_sampled = chunk.samples
-        return Schedule(tuple(decodes), tuple(chunks))
+            part = max(room, key=lambda part: (part.pool.num_free, -part.index))
+            part.admit(seq)
+            budgets[part.index] -= self._append_chunk(chunks[part.index], seq, budgets[part.index])
+        for chunk in (chunk for mine in chunks for chunk in mine):
+            seq = chunk.seq
+            seq.num_computed += chunk.length
+            if chunk.samples:
+                seq.in_flight += 1
+                seq.has_sampled, seq.ready_tick = True, self._tick + self.num_stages
+                if not seq.is_complete:
+                    self.partitions[seq.partition].start_decoding(seq)
+        return Schedule(
+            tuple(seq for taken in decodes for seq in taken), tuple(chunk for mine in chunks for chunk in mine)
+        )
+
+    def landed(self, seq: Sequence, token: int) -> None:
+        """A sampled token was read; it is kept unless the sequence has ended meanwhile."""
+        seq.in_flight -= 1
+        if seq.status is not SequenceStatus.FINISHED:
+            seq.output_token_ids.append(token)
+        if seq.status is not SequenceStatus.RUNNING and not seq.in_flight and seq.slot >= 0:
+            self.partitions[seq.partition].release_slot(seq)
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """Release everything `seq` holds, whatever it was doing. Its steps in flight write to pages that only later
-        steps can be given, and steps run in order."""
+        steps can be given, and steps run in order, at every pipeline stage."""
         if seq.status is SequenceStatus.FINISHED:
             return
         if seq.status is SequenceStatus.RUNNING:
-            self._release(seq)
+            self.partitions[seq.partition].release(seq)
         else:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
-    def preempt_all(self) -> None:
-        """Send everything that runs back to the queue, in order: its cache is lost."""
-        for seq in reversed(list(self.running)):
+    def restart(self) -> None:
+        """Send everything that runs back to the queue, in order: the cache and the tokens in flight are lost."""
+        for seq in reversed(self.running):
+            seq.in_flight = 0
             self._preempt(seq)
+        for seq in self.waiting:
+            seq.in_flight = 0
+        for part in self.partitions:
+            part.reset_slots()
 
     def check_idle(self) -> None:
         """Raises RuntimeError if pages or slots leaked; to be called when nothing runs."""
-        self.pool.check_whole()
-        if len(set(self._free_slots)) != self.num_slots:
-            raise RuntimeError(f"{self.num_slots - len(set(self._free_slots))} slots leaked")
+        for part in self.partitions:
+            part.check_whole()
+
+    def _decode(self, part: Partition) -> list[Sequence]:
+        """The decoding sequences that take part in this tick, with room for their next token."""
+        decoding, page_size = part.decoding, part.pool.page_size
+        limit = min(-(-len(decoding) // self.num_stages), self.max_num_batched_tokens)
+        taken: list[Sequence] = []
+        index = 0
+        while index < len(decoding) and len(taken) < limit:
+            seq = decoding[index]
+            if seq.ready_tick > self._tick:
+                index += 1
+                continue
+            if seq.num_computed >= len(seq.pages) * page_size and not self._grow(part, seq):
+                continue  # it gave way itself, and the next one has taken its place in the list
+            seq.num_computed += 1
+            seq.in_flight += 1
+            seq.ready_tick = self._tick + self.num_stages
+            taken.append(seq)
+            index += 1
+        complete = [seq for seq in taken if seq.is_complete]
+        for seq in complete:
+            decoding.remove(seq)
+        return taken
+
+    def _micro_batches(self, budgets: list[int]) -> list[int]:
+        """Budgets for prompts such that what waits fills every stage of the pipeline."""
+        running = [sum(s.num_tokens - s.num_computed for s in p.running if not s.has_sampled) for p in self.partitions]
+        waiting, most = 0, self.num_stages * self.max_num_batched_tokens * len(self.partitions)
+        for seq in self.waiting:
+            waiting += seq.num_tokens
+            if waiting >= most:
+                break
+        share = -(-waiting // len(self.partitions))
+        fair = [max(-(-(left + share) // self.num_stages), MIN_MICRO_BATCH) for left in running]
+        return [min(budget, limit) for budget, limit in zip(budgets, fair, strict=True)]
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:
         left = seq.num_tokens - seq.num_computed
@@ -129,34 +216,21 @@ class Scheduler:
         chunks.append(Chunk(seq, seq.num_computed, length, samples=length == left))
         return length
 
-    def _admit(self, seq: Sequence) -> None:
-        seq.slot = self._free_slots.pop()
-        seq.pages = self.pool.take(self.pool.pages_for(seq.num_tokens))
-        seq.status = SequenceStatus.RUNNING
-        bisect.insort(self.running, seq, key=lambda other: other.seq_id)
-
-    def _grow_or_preempt(self, seq: Sequence) -> bool:
-        """Make room for the token at position `num_computed`; False when `seq` itself had to give way."""
-        while len(seq.pages) < self.pool.pages_for(seq.num_computed + 1):
-            if self.pool.can_take(1):
-                seq.pages += self.pool.take(1)
-                continue
-            victim = self.running[-1]
+    def _grow(self, part: Partition, seq: Sequence) -> bool:
+        """A page for the token at position `num_computed`; False when `seq` itself had to give way."""
+        while not part.pool.can_take(1):
+            victim = part.running[-1]
             self._preempt(victim)
             if victim is seq:
                 return False
+        seq.pages += part.pool.take(1)
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self._release(seq)
+        self.partitions[seq.partition].release(seq)
         seq.status = SequenceStatus.WAITING
         seq.num_computed, seq.has_sampled = 0, False
         self.num_preemptions += 1
         # Victims are the latest to run, yet earlier than everything that waits: the queue stays in order of arrival.
-        self.waiting.appendleft(seq)
-
-    def _release(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self.pool.free(reversed(seq.pages))
-        self._free_slots.append(seq.slot)
-        seq.pages, seq.slot = [], -1
+        index = next((i for i, other in enumerate(self.waiting) if other.seq_id > seq.seq_id), len(self.waiting))
+        self.waiting.insert(index, seq)

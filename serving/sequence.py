@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
 
 from .sampling_params import SamplingParams
 
@@ -35,7 +34,10 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     in_flight: int = 0
-    # The newest token was sampled in the slot held now, so the device's copy of it is this sequence's.
+    # Which of the engine's partitions holds its slot and pages, and the first tick at which its next token may run.
+    partition: int = 0
+    ready_tick: int = 0
+    # The newest token was sampled in the slot held now: only it is left to compute, and the device knows it.
     has_sampled: bool = False
     finish_reason: str | None = None
     stop_reason: int | None = None
@@ -43,8 +45,6 @@ class Sequence:
     num_prompt_scored: int = 0
     # The slot's bias row keeps the stop tokens from being sampled, until min_tokens are there.
     stops_banned: bool = False
-    # What `step_input.row_constants` made of `params`, kept from step to step.
-    row_constants: Any = None
 
     @property
     def num_prompt(self) -> int:
@@ -58,11 +58,6 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.output_token_ids) + self.in_flight
-
-    @property
-    def is_decoding(self) -> bool:
-        """Only the newest token is left to compute, and it lies in the slot's device state."""
-        return self.has_sampled and self.num_computed == self.num_tokens - 1
 
     @property
     def is_complete(self) -> bool:

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible Flask application over one engine."""
+"""The OpenAI-compatible Flask application over the front of an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .protocol import parse
 from .responses import ChatBuilder, CompletionBuilder
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_CONCURRENT_REQUESTS = 512
@@ -29,7 +29,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody receives it
 
 
 def create_app(
-    engine: EngineLoop,
+    engine: Front,
     *,
     api_key: str | None = None,
     max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS,
@@ -59,7 +59,7 @@ def create_app(
     return app
 
 
-def _add_generation_routes(app: flask.Flask, engine: EngineLoop, admission: Admission) -> None:
+def _add_generation_routes(app: flask.Flask, engine: Front, admission: Admission) -> None:
     @app.post("/v1/completions")
     def completions() -> flask.Response:
         body = parse(CompletionBody, _body())
@@ -81,7 +81,7 @@ def _add_generation_routes(app: flask.Flask, engine: EngineLoop, admission: Admi
         return answer(engine, admission, ChatBuilder(engine, params, body), [prompt], bool(body.stream))
 
 
-def _add_text_routes(app: flask.Flask, engine: EngineLoop) -> None:
+def _add_text_routes(app: flask.Flask, engine: Front) -> None:
     @app.post("/tokenize")
     def tokenize() -> dict[str, Any]:
         body = parse(TokenizeBody, _body())
@@ -110,7 +110,7 @@ def _add_text_routes(app: flask.Flask, engine: EngineLoop) -> None:
             raise ApiError(400, f"tokens: {error}", param="tokens") from None
 
 
-def _add_status_routes(app: flask.Flask, engine: EngineLoop, admission: Admission) -> None:
+def _add_status_routes(app: flask.Flask, engine: Front, admission: Admission) -> None:
     def card() -> dict[str, Any]:
         return {
             "id": engine.model_name,
@@ -200,19 +200,19 @@ def _body() -> bytes:
     return flask.request.get_data(cache=False)
 
 
-def _check_model(engine: EngineLoop, name: str | None) -> None:
+def _check_model(engine: Front, name: str | None) -> None:
     if name is not None and name != engine.model_name:
         message = f"the model {name!r} does not exist; this server has {engine.model_name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _tokenizer(engine: EngineLoop) -> Any:
+def _tokenizer(engine: Front) -> Any:
     if engine.tokenizer is None:
         raise ApiError(400, "prompt: this server has no tokenizer, so prompts must be token ids", param="prompt")
     return engine.tokenizer
 
 
-def chat_prompt(engine: EngineLoop, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+def chat_prompt(engine: Front, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation. Raises ApiError (400) if there is no template or it refuses the messages."""
     if engine.tokenizer is None or engine.chat_template is None:
         raise ApiError(400, "messages: this model has no chat template", param="messages")
@@ -223,7 +223,7 @@ def chat_prompt(engine: EngineLoop, messages: list[dict[str, Any]], add_generati
     return encode(engine, text, "messages")
 
 
-def encode(engine: EngineLoop, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+def encode(engine: Front, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of `text`, which came in the request's field `param`. Raises ApiError (400)."""
     _tokenizer(engine)
     try:

@@ -12,7 +12,6 @@ import numpy as np
 
 from .bucket import Bucket
 from .sampling_params import SamplingParams
-from .scheduler import Schedule
 from .sequence import Sequence
 
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -43,9 +42,10 @@ class Rows(NamedTuple):
 class StepInput(NamedTuple):
     """One unpacked step over B decoding rows, T chunk tokens and C chunks; padding has slot == max_num_seqs.
 
+    Each of these is made of equal shares, one for each partition of the engine.
     page_updates [U 3]: (slot, index in the page table, page). decode_slot, decode_position [B]. token_ids, token_slot,
     token_position, token_counts [T]: `token_counts` is 1 where a chunk's token was generated rather than prompted.
-    chunk_slot, chunk_start (first row in T), chunk_length, chunk_kv_len, chunk_is_first [C]. flags: see FLAGS.
+    chunk_slot, chunk_start (first row in its partition's share of T), chunk_length, chunk_kv_len, chunk_is_first [C]. flags: see FLAGS.
     """
 
     flags: jax.Array
@@ -74,6 +74,7 @@ class PackedLayout:
 
     @functools.cached_property
     def fields(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each part, in order."""
         b, t, c, r = self.bucket.decodes, self.bucket.chunk_tokens, self.bucket.chunks, self.bucket.rows
         # A decoding row enters at most one new page; a chunk's tokens lie in at most length/page_size + 2.
         updates = b + t // self.page_size + 2 * c
@@ -147,57 +148,3 @@ def row_constants(seq: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     floats[FLOATS.index("temperature")] *= not p.is_greedy
     flags = [not p.is_greedy, _has_filters(p), _has_penalties(p), _has_bias(p), p.logprobs is not None]
     return np.array(ints, np.uint32).view(np.int32), floats.view(np.int32), np.array(flags, np.int32)
-
-
-def pack(layout: PackedLayout, schedule: Schedule) -> np.ndarray:
-    """The packed array of `schedule`; float fields are stored as their bits."""
-    packed = np.zeros(layout.size, np.int32)
-    views = layout.views(packed)
-    nobody = layout.num_slots
-    for name in ("decode_slot", "token_slot", "chunk_slot"):
-        views[name][:] = nobody
-    views["page_updates"][:, 0] = nobody
-    views["row_ints"][INTS.index("slot")] = nobody
-    updates: list[tuple[int, int, int]] = []
-    sampling: list[tuple[int, Sequence, int]] = []  # (row, sequence, position of the sampled token)
-
-    for row, seq in enumerate(schedule.decodes):
-        position = seq.num_computed - 1
-        views["decode_slot"][row] = seq.slot
-        views["decode_position"][row] = position
-        if position % layout.page_size == 0:
-            index = position // layout.page_size
-            updates.append((seq.slot, index, seq.pages[index]))
-        sampling.append((row, seq, position + 1))
-
-    offset = 0
-    for index, chunk in enumerate(schedule.chunks):
-        seq, start, stop = chunk.seq, chunk.start, chunk.start + chunk.length
-        here = slice(offset, offset + chunk.length)
-        views["token_ids"][here] = seq.token_ids(start, stop)
-        views["token_slot"][here] = seq.slot
-        positions = np.arange(start, stop, dtype=np.int32)
-        views["token_position"][here] = positions
-        views["token_counts"][here] = positions >= seq.num_prompt
-        views["chunk_slot"][index] = seq.slot
-        views["chunk_start"][index] = offset
-        views["chunk_length"][index] = chunk.length
-        views["chunk_kv_len"][index] = stop
-        views["chunk_is_first"][index] = chunk.is_first
-        pages = range(start // layout.page_size, (stop - 1) // layout.page_size + 1)
-        updates += [(seq.slot, page, seq.pages[page]) for page in pages]
-        if chunk.samples:
-            sampling.append((layout.bucket.decodes + index, seq, stop))
-        offset += chunk.length
-
-    if updates:
-        views["page_updates"][: len(updates)] = updates
-    for row, seq, position in sampling:
-        if seq.row_constants is None:
-            seq.row_constants = row_constants(seq)
-        ints, floats, flags = seq.row_constants
-        views["row_ints"][:, row] = ints
-        views["row_ints"][:2, row] = (seq.slot, position)
-        views["row_floats"][:, row] = floats
-        views["flags"] |= flags
-    return packed

@@ -24,7 +24,7 @@ from .api_errors import ApiError
 from .connection import ON_DISCONNECT
 
 if TYPE_CHECKING:
-    from .engine_loop import EngineLoop
+    from .front import Front
 
 logger = logging.getLogger("paddock")
 
@@ -111,7 +111,7 @@ class HttpServer:
         return any(channel.requests or channel.total_outbufs_len for channel in self._server.active_channels.values())
 
 
-def serve(app: flask.Flask, engine: EngineLoop, sock: socket.socket, *, grace_seconds: float, name: str) -> int:
+def serve(app: flask.Flask, engine: Front, sock: socket.socket, *, grace_seconds: float, name: str) -> int:
     """Serve until SIGTERM or SIGINT, then end the requests that run within `grace_seconds`; a second signal ends them
     at once. The engine is shut down afterwards. Returns the exit code: 0, or 1 if the engine died or hangs: then the
     device may block what Python does at exit, too. To be called in the main thread."""
@@ -148,7 +148,7 @@ def _signalled(signals: queue.SimpleQueue[int], timeout: float) -> bool:
     return True
 
 
-def _shut_down(engine: EngineLoop, grace_seconds: float, signals: queue.SimpleQueue[int]) -> bool:
+def _shut_down(engine: Front, grace_seconds: float, signals: queue.SimpleQueue[int]) -> bool:
     """Whether the engine has ended; another signal takes the grace time away."""
     endings: queue.SimpleQueue[bool] = queue.SimpleQueue()
 

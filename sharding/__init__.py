@@ -1,7 +1,23 @@
 """Which device holds what: meshes, rules from logical to mesh axes, and the layouts they make."""
 
+from .collectives import Collective, Total, read_collectives, summarize
 from .layout import ArraySpec, Layout
+from .layout_text import LayoutText
 from .mesh import MeshConfig
+from .presets import PRESETS, Preset
 from .rules import LogicalAxes, ShardingRules
 
-__all__ = ["ArraySpec", "Layout", "LogicalAxes", "MeshConfig", "ShardingRules"]
+__all__ = [
+    "PRESETS",
+    "ArraySpec",
+    "Collective",
+    "Layout",
+    "LayoutText",
+    "LogicalAxes",
+    "MeshConfig",
+    "Preset",
+    "ShardingRules",
+    "Total",
+    "read_collectives",
+    "summarize",
+]

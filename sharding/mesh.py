@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+# The axis that counts replicas: an engine, its weights and its pages each. No array is split over it.
+DATA = "data"
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -46,16 +49,37 @@ class MeshConfig:
     def sizes(self) -> dict[str, int]:
         return dict(self.axes)
 
+    @property
+    def num_replicas(self) -> int:
+        return self.sizes.get(DATA, 1)
+
+    def replica_devices(self, index: int, devices: Sequence[jax.Device]) -> list[jax.Device]:
+        """The devices of replica `index` in the order of `without_data`. Raises ValueError when there are too few."""
+        self._check_count(devices)
+        grid = np.array(devices[: self.num_devices], dtype=object).reshape([size for _, size in self.axes])
+        names = [name for name, _ in self.axes]
+        if DATA in names:
+            grid = np.take(grid, [index], axis=names.index(DATA))
+        return list(grid.flat)
+
+    @property
+    def without_data(self) -> MeshConfig:
+        """The mesh of one replica."""
+        return MeshConfig(tuple((name, size) for name, size in self.axes if name != DATA))
+
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes) or "one device"
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over the first `num_devices` devices. Raises ValueError when there are too few."""
         devices = jax.devices() if devices is None else devices
-        if len(devices) < self.num_devices:
-            raise ValueError(f"mesh {self} needs {self.num_devices} devices, but there are {len(devices)}")
+        self._check_count(devices)
         axes = self.axes or (("tensor", 1),)
         names, sizes = zip(*axes, strict=True)
         grid = np.array(devices[: self.num_devices], dtype=object).reshape(sizes)
         # Auto: the compiler propagates shardings from the weights' and the caches' partition specs.
         return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+    def _check_count(self, devices: Sequence[jax.Device]) -> None:
+        if len(devices) < self.num_devices:
+            raise ValueError(f"mesh {self} needs {self.num_devices} devices, but there are {len(devices)}")

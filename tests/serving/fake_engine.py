@@ -1,4 +1,4 @@
-"""An engine loop without a model: it echoes the prompt, token by token, when a test lets it.
+"""A front without a model: it echoes the prompt, token by token, when a test lets it.
 
 Tokens are bytes; id 256 is BOS and 257 the end. Without `pace` outputs come as fast as they are asked for; with it each
 token needs a permit from `release`.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
-from paddock.serving.metrics import Metrics
+from paddock.serving.metrics import Metrics, MetricsPage
 from paddock.serving.outputs import CompletionOutput, Logprob, RequestOutput, RequestTimes, TokenLogprobs
 from paddock.serving.sampling_params import SamplingParams
 
@@ -156,13 +156,13 @@ class FakeStream:
 
 
 class FakeEngine:
-    """The interface of EngineLoop, for tests of what is built on it."""
+    """The interface of Front, for tests of what is built on it."""
 
     def __init__(self, *, pace: bool = False, max_model_len: int = 256) -> None:
         self.model_name, self.created, self.max_model_len, self.vocab_size = "demo", 1_700_000_000, max_model_len, VOCAB
         self.tokenizer, self.chat_template = ByteTokenizer(), PlainTemplate()
         self.default_params = SamplingParams()
-        self.metrics = Metrics("demo")
+        self.metrics = MetricsPage([Metrics("demo")])
         self.pace = pace
         self.streams: list[FakeStream] = []
         self.submitted = threading.Condition()

@@ -76,7 +76,7 @@ def test_a_thousand_steps_of_mixed_traffic_compile_nothing_and_leak_nothing(llm:
     jax.monitoring.register_event_duration_secs_listener(listener)
     before = llm.engine.metrics.render()
     steps = 0
-    engine = llm.engine.engine
+    engine = llm.engine.replicas[0].engine
     original = engine.step
 
     def counted():
@@ -185,7 +185,7 @@ def test_stop_token_ids_and_min_tokens(llm: LLM) -> None:
 
 def test_eos_ends_unless_ignored(llm: LLM) -> None:
     prompt = prompts_of([4], llm.engine.vocab_size)[0]
-    eos = max(llm.engine.engine.limits.eos_token_ids)
+    eos = max(llm.engine.replicas[0].engine.limits.eos_token_ids)
     to_eos = SamplingParams(temperature=0, max_tokens=5, logit_bias={eos: 100})
     output = llm.generate(prompt, to_eos, use_tqdm=False)[0].outputs[0]
     assert (output.token_ids, output.finish_reason, output.stop_reason) == ([eos], "stop", None)
@@ -223,19 +223,19 @@ def test_bad_requests_name_what_was_wrong(llm: LLM, message: str) -> None:
 
 def test_prompt_logprobs_of_a_step_that_was_lost_are_scored_again(llm: LLM) -> None:
     """An engine of the test's own over the idle executor: its first chunk is sent and never read."""
-    limits, served = llm.engine.engine.limits, llm.engine.engine.scheduler
+    limits, served = llm.engine.replicas[0].engine.limits, llm.engine.replicas[0].engine.scheduler
     scheduler = Scheduler(
-        PagePool(served.pool.num_pages, served.pool.page_size),
-        max_num_seqs=served.num_slots,
+        [PagePool(part.pool.num_pages, part.pool.page_size) for part in served.partitions],
+        max_num_seqs=llm.engine.replicas[0].executor.plan.num_slots,
         max_num_batched_tokens=served.max_num_batched_tokens,
         max_chunks=served.max_chunks,
     )
-    engine = Engine(llm.engine.executor, scheduler, limits)
+    engine = Engine(llm.engine.replicas[0].executor, scheduler, limits)
     prompt = prompts_of([45], limits.vocab_size)[0]["prompt_token_ids"]
     engine.add(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))
     assert [chunk.length for chunk in engine.step().schedule.chunks] == [32]
     engine.close()
-    scheduler.preempt_all()
+    scheduler.restart()
     positions = []
     while not engine.is_idle:
         positions += [position for _, position, _ in engine.step().prompt_logprobs]
@@ -255,13 +255,17 @@ def test_metrics_tell_what_happened(llm: LLM) -> None:
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [7 + 5 - 1, 5, 7]
     assert value(stops) == lengths + 1
     compilations = value("paddock:step_compilations_total")
-    jax.jit(lambda x: x * 3.25 + 17)(jnp.arange(7.0)).block_until_ready()
+    compile_something = lambda: jax.jit(lambda x: x * 3.25 + 17)(jnp.arange(7.0)).block_until_ready()
+    compile_something()
+    assert value("paddock:step_compilations_total") == compilations, "it was not the engine that compiled"
+    llm.engine.replicas[0]._inbox.put(lambda _: compile_something())
+    llm.generate(prompts_of([7], llm.engine.vocab_size), greedy(5), use_tqdm=False)
     assert value("paddock:step_compilations_total") > compilations
 
 
 def test_the_next_step_is_sent_before_the_last_is_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    read, dispatch = StepFuture.read, llm.engine.executor.dispatch
+    read, dispatch = StepFuture.read, llm.engine.replicas[0].executor.dispatch
 
     def sending(schedule: Schedule) -> StepFuture:
         calls.append("send")
@@ -271,21 +275,21 @@ def test_the_next_step_is_sent_before_the_last_is_read(llm: LLM, monkeypatch: py
         calls.append("read")
         return read(future)
 
-    monkeypatch.setattr(llm.engine.executor, "dispatch", sending)
+    monkeypatch.setattr(llm.engine.replicas[0].executor, "dispatch", sending)
     monkeypatch.setattr(StepFuture, "read", reading)
     llm.generate({"prompt_token_ids": [1, 2, 3]}, greedy(5), use_tqdm=False)
     assert calls == ["send", *["send", "read"] * 4, "read"], "five tokens, five steps, none computed in vain"
 
 
 def test_a_reset_frees_the_old_cache_first(llm: LLM) -> None:
-    executor = llm.engine.executor
+    executor = llm.engine.replicas[0].executor
     old = [*executor.cache.k, executor.state.page_table]
     executor.reset()
     assert all(array.is_deleted() for array in old)
 
 
 def test_a_step_that_raises_fails_its_requests_and_no_others(llm: LLM) -> None:
-    executor = llm.engine.executor
+    executor = llm.engine.replicas[0].executor
     original = executor.dispatch
     prompts = prompts_of([5, 5, 5, 5, 5, 5], llm.engine.vocab_size)
     want = [tokens_of(output) for output in llm.generate(prompts, greedy(10), use_tqdm=False)]
@@ -311,7 +315,7 @@ def test_a_step_that_raises_fails_its_requests_and_no_others(llm: LLM) -> None:
         executor.dispatch = original
     assert outcomes[:4] == ["the step that held this request failed: RuntimeError: planted"] * 4
     assert outcomes[4:] == want[4:], "those that waited are served"
-    llm.engine.engine.scheduler.check_idle()
+    llm.engine.replicas[0].engine.scheduler.check_idle()
     assert llm.engine.health() is None
 
 
@@ -321,11 +325,11 @@ def test_a_lost_device_ends_everything_and_says_so(golden: Path) -> None:
         def broken(*_: object) -> None:
             raise RuntimeError("device lost")
 
-        llm.engine.executor.dispatch = llm.engine.executor.reset = broken
+        llm.engine.replicas[0].executor.dispatch = llm.engine.replicas[0].executor.reset = broken
         stream = llm.engine.submit([1, 2], greedy(4))
         with pytest.raises(RequestFailed, match="device lost"):
             next(iter(stream))
-        llm.engine._thread.join(timeout=10)
+        llm.engine.replicas[0]._thread.join(timeout=10)
         assert "device lost" in (llm.engine.health() or "")
         with pytest.raises(EngineDead, match="device lost"):
             llm.engine.submit([1], greedy(4))
@@ -339,7 +343,7 @@ def test_shutdown_refuses_new_requests_and_ends_running_ones(golden: Path) -> No
     assert [output.outputs[0].finish_reason for output in stream][-1] == "abort"
     with pytest.raises((EngineBusy, EngineDead)):
         llm.engine.submit([1], greedy(4))
-    assert all(array.is_deleted() for array in llm.engine.executor.params.values())
+    assert all(array.is_deleted() for array in llm.engine.replicas[0].executor.params.values())
     llm.close()
 
 

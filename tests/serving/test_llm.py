@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,13 +43,26 @@ def test_a_stream_joins_to_what_generate_returns(llm: LLM) -> None:
     assert len(pieces) > 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "stop", "wakes"), [("delta", None, 24), ("final", None, 1), ("final", "never said", 24)]
+)
+def test_a_reader_is_woken_no_more_than_it_needs(llm: LLM, kind: str, stop: str | None, wakes: int) -> None:
+    """Waking it for every token of 256 sequences takes as long as all else that a step costs in Python."""
+    events: list[object] = []
+    params = dataclasses.replace(GREEDY, stop=stop)
+    stream = llm.engine.submit(ROMEO, params, output_kind=kind, on_event=events.append)
+    outputs = list(stream)
+    assert outputs[-1].finished
+    assert events == [stream] * wakes
+
+
 def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
     stream = llm.stream(ROMEO, SamplingParams(max_tokens=200, ignore_eos=True))
     next(stream)
     stream.close()
     llm.generate("x", GREEDY, use_tqdm=False)
     assert llm.engine.load() == {"running": 0, "waiting": 0}
-    llm.engine.engine.scheduler.check_idle()
+    llm.engine.replicas[0].engine.scheduler.check_idle()
 
 
 def test_stop_strings_cut_the_text_and_end_the_request(llm: LLM) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from paddock.serving.metrics import Metrics
+from paddock.serving.metrics import Metrics, MetricsPage
 from paddock.serving.outputs import RequestTimes
 
 LABELS = {"model_name": "demo", "engine": "0"}
 
 
-def scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    families = text_string_to_metric_families(metrics.render().decode())
+def scrape(*engines: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(MetricsPage(engines).render().decode())
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
 
@@ -82,8 +82,8 @@ def test_histogram_buckets_are_cumulative_with_inclusive_ends(metrics):
 
 def test_tokens_and_compilations_are_counted(metrics):
     metrics.on_prompt(7)
-    metrics.on_tokens(1, None)
-    metrics.on_tokens(2, 0.01)
+    metrics.on_tokens(1, [])
+    metrics.on_tokens(2, [0.01])
     metrics.on_compile()
     metrics.on_compile(3)
     metrics.on_rejected()
@@ -125,6 +125,22 @@ def test_memory_and_cache_config(metrics):
     assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="40") == 1
 
 
-def test_two_engines_do_not_share_a_registry(metrics):
+def test_two_engines_do_not_share_their_counts(metrics):
     metrics.on_prompt(1)
     assert value(Metrics("demo"), "vllm:prompt_tokens_total") == 0
+
+
+def test_a_page_of_two_engines_names_each_metric_once_and_labels_its_samples(metrics):
+    other = Metrics("demo", "1")
+    metrics.on_prompt(3)
+    other.on_prompt(4)
+    other.on_first_token(0.2)
+    step(other, bucket="64")
+    found = scrape(metrics, other)
+    labels = lambda engine, **more: tuple(sorted((LABELS | {"engine": engine} | more).items()))
+    assert [found["vllm:prompt_tokens_total", labels(engine)] for engine in "01"] == [3, 4]
+    assert [found["vllm:time_to_first_token_seconds_count", labels(engine)] for engine in "01"] == [0, 1]
+    assert found["paddock:step_seconds_count", labels("1", bucket="64")] == 1
+    assert ("paddock:step_seconds_count", labels("0", bucket="64")) not in found
+    heads = [line for line in MetricsPage([metrics, other]).render().decode().splitlines() if line.startswith("# TYPE")]
+    assert len(heads) == len(set(heads)) > 20

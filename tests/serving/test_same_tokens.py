@@ -86,7 +86,7 @@ def test_under_preemption(golden: Path, alone: list[RequestOutput], alone_penali
     # Twenty pages are little more than the longest sequence alone needs.
     with tiny_llm(golden / "gqa", max_model_len=68, kv_cache_memory_bytes=20 * page) as llm:
         outputs = llm.generate(prompts, greedy(), use_tqdm=False)
-        assert llm.engine.engine.scheduler.num_preemptions > 3
+        assert llm.engine.replicas[0].engine.scheduler.num_preemptions > 3
         penalized = llm.generate(prompts, PENALIZED, use_tqdm=False)
     assert_same_tokens(outputs, alone)
     assert_same_tokens(penalized, alone_penalized)
@@ -105,7 +105,7 @@ def test_tensor_parallel(golden: Path, alone: list[RequestOutput], options: dict
     prompts = [{"prompt_token_ids": output.prompt_token_ids} for output in alone]
     with tiny_llm(golden / "gqa", **options) as llm:
         assert_same_tokens(llm.generate(prompts, greedy(), use_tqdm=False), alone)
-        executor = llm.engine.executor
+        executor = llm.engine.replicas[0].executor
         shards = executor.plan.layout.mesh.size
         local = {name: x.sharding.shard_shape(x.shape) for name, x in executor.params.items()}
         for name in ("layers.0.qkv", "layers.1.out", "layers.0.gate_up", "layers.1.down"):

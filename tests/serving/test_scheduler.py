@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,9 +14,17 @@ from paddock.serving.scheduler import Schedule, Scheduler
 from paddock.serving.sequence import Sequence, SequenceStatus
 
 
-def make(num_pages: int = 33, page_size: int = 4, seqs: int = 4, tokens: int = 16, chunks: int = 4) -> Scheduler:
-    pool = PagePool(num_pages, page_size)
-    return Scheduler(pool, max_num_seqs=seqs, max_num_batched_tokens=tokens, max_chunks=chunks)
+def make(
+    num_pages: int = 33,
+    page_size: int = 4,
+    seqs: int = 4,
+    tokens: int = 16,
+    chunks: int = 4,
+    partitions: int = 1,
+    stages: int = 1,
+) -> Scheduler:
+    pools = [PagePool(num_pages, page_size) for _ in range(partitions)]
+    return Scheduler(pools, max_num_seqs=seqs, max_num_batched_tokens=tokens, max_chunks=chunks, num_stages=stages)
 
 
 def sequence(seq_id: int, num_prompt: int, max_tokens: int = 8) -> Sequence:
@@ -32,11 +41,10 @@ def sequence(seq_id: int, num_prompt: int, max_tokens: int = 8) -> Sequence:
 def read(schedules: Iterable[Schedule], scheduler: Scheduler) -> None:
     """What the engine does when a step's tokens arrive."""
     for schedule in schedules:
-        for seq in [*schedule.decodes, *(chunk.seq for chunk in schedule.chunks if chunk.samples)]:
+        for seq in schedule.sampling:
+            scheduler.landed(seq, 1)
             if seq.status is SequenceStatus.FINISHED:
                 continue
-            seq.in_flight -= 1
-            seq.output_token_ids.append(1)
             if len(seq.output_token_ids) >= seq.max_tokens:
                 scheduler.finish(seq, "length")
 
@@ -85,11 +93,12 @@ def test_the_latest_arrival_gives_way_and_is_computed_again() -> None:
     sent.append(scheduler.schedule())  # position 8 needs a third page
     assert [seq.seq_id for seq in sent[2].decodes] == [0]
     (victim,) = scheduler.waiting
-    assert (victim.seq_id, victim.status, victim.pages, victim.slot) == (1, SequenceStatus.WAITING, [], -1)
+    assert (victim.seq_id, victim.status, victim.pages) == (1, SequenceStatus.WAITING, [])
+    assert victim.slot >= 0, "a step on its way still samples by the slot's state"
     assert scheduler.num_preemptions == 1
     assert victim.in_flight == 1, "its token of the second step has not been read"
     read(sent[1:2], scheduler)
-    assert victim.in_flight == 0
+    assert (victim.in_flight, victim.slot) == (0, -1)
     pending = [sent[2]]
     for _ in range(30):
         schedule = scheduler.schedule()
@@ -106,10 +115,9 @@ def test_a_preempted_sequence_waits_for_its_token() -> None:
     scheduler = make(num_pages=3, page_size=4)
     scheduler.add(sequence(0, 4))
     scheduler.schedule()
-    scheduler.preempt_all()
+    scheduler._preempt(scheduler.running[0])
     assert not scheduler.schedule(), "the sampled token is still on the device"
-    scheduler.waiting[0].in_flight -= 1
-    scheduler.waiting[0].output_token_ids.append(1)
+    scheduler.landed(scheduler.waiting[0], 1)
     assert scheduler.schedule().chunks[0].length == 5
 
 
@@ -119,46 +127,92 @@ def test_a_recomputed_last_token_comes_from_the_host() -> None:
     seq = sequence(0, 4)
     scheduler.add(seq)
     read([scheduler.schedule()], scheduler)
-    scheduler.preempt_all()
+    scheduler.restart()
     assert scheduler.schedule().chunks[0].length == 4
     last = scheduler.schedule()
     assert not last.decodes
     assert (last.chunks[0].start, last.chunks[0].length, last.chunks[0].samples) == (4, 1, True)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_traffic_leaks_nothing_and_is_deterministic(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("partitions", "stages"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_random_traffic_leaks_nothing_and_is_deterministic(partitions: int, stages: int, seed: int) -> None:
     def run() -> list[tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]]:
         rng = np.random.default_rng(seed)
-        scheduler = make(num_pages=20, page_size=4, seqs=3, tokens=12, chunks=2)
+        scheduler = make(
+            20, 4, seqs=3 * partitions, tokens=12 * partitions, chunks=2, partitions=partitions, stages=stages
+        )
         alive: list[Sequence] = []
         history = []
-        pending: list[Schedule] = []
-        for step in range(400):
-            if step < 200 and rng.random() < 0.4:
-                seq = sequence(step, int(rng.integers(1, 40)), int(rng.integers(1, 30)))
+        pending = deque([Schedule((), ())] * stages)
+        sent: dict[int, int] = {}  # the tick at which a sequence was last sampled
+        tick = 0
+        while tick < 200 or not scheduler.is_idle or any(pending):
+            if tick < 200 and rng.random() < 0.5 * partitions:
+                seq = sequence(tick, int(rng.integers(1, 40)), int(rng.integers(1, 30)))
                 scheduler.add(seq)
                 alive.append(seq)
             if alive and rng.random() < 0.05:
                 scheduler.finish(alive.pop(int(rng.integers(len(alive)))), "abort")
             schedule = scheduler.schedule()
-            assert schedule.num_tokens <= 12
-            held = [page for seq in scheduler.running for page in seq.pages]
-            assert len(held) == len(set(held)) == scheduler.pool.num_usable - scheduler.pool.num_free
-            read(pending, scheduler)
-            pending = [schedule]
+            assert schedule.num_tokens <= 12 * partitions
+            for seq in schedule.decodes:
+                assert tick - sent[seq.seq_id] >= stages, "its last token has not come out of the pipeline"
+            sent |= dict.fromkeys((seq.seq_id for seq in schedule.sampling), tick)
+            for part in scheduler.partitions:
+                held = [page for seq in part.running for page in seq.pages]
+                assert len(held) == len(set(held)) == part.pool.num_usable - part.pool.num_free
+                slots = [seq.slot for seq in part.running]
+                assert len(set(slots)) == len(slots)
+                assert not set(slots).intersection(part.free_slots)
+                assert {slot // part.num_slots for slot in slots} <= {part.index}
+            pending.append(schedule)
+            read([pending.popleft()], scheduler)
+            tick += 1
             history.append(
                 (
                     tuple(seq.seq_id for seq in schedule.decodes),
                     tuple((c.seq.seq_id, c.start, c.length) for c in schedule.chunks),
                 )
             )
-        while not scheduler.is_idle:
-            schedule = scheduler.schedule()
-            read(pending, scheduler)
-            pending = [schedule]
+            assert tick < 3000
         assert scheduler.num_preemptions > 0
         scheduler.check_idle()
         return history
 
     assert run() == run()
+
+
+def test_decoding_sequences_spread_over_the_ticks_of_a_pipeline() -> None:
+    """Eight prompts enter in one tick; soon each of four ticks carries two of them, and none is idle."""
+    scheduler = make(num_pages=100, seqs=8, tokens=64, chunks=8, stages=4)
+    for seq_id in range(8):
+        scheduler.add(sequence(seq_id, 4, max_tokens=30))
+    assert len(scheduler.schedule().chunks) == 8
+    pending = deque([Schedule((), ())] * 4)
+    sizes = []
+    for _ in range(16):
+        schedule = scheduler.schedule()
+        pending.append(schedule)
+        read([pending.popleft()], scheduler)
+        sizes.append(len(schedule.decodes))
+    assert sizes == [0, 0, 0, *[2] * 13]
+
+
+def test_a_long_prompt_fills_every_stage() -> None:
+    scheduler = make(num_pages=600, tokens=2048, stages=2)
+    scheduler.add(sequence(0, 2000))
+    assert [scheduler.schedule().num_chunk_tokens for _ in range(2)] == [1000, 500]
+    small = make(num_pages=600, tokens=2048, stages=2)
+    small.add(sequence(0, 100))
+    assert small.schedule().num_chunk_tokens == 100, "too little to cut"
+
+
+def test_new_sequences_go_where_most_pages_are_free() -> None:
+    scheduler = make(num_pages=33, seqs=4, tokens=64, partitions=2)
+    for seq_id, length in enumerate((20, 4, 4, 4)):
+        scheduler.add(sequence(seq_id, length))
+    schedule = scheduler.schedule()
+    where = {c.seq.seq_id: (c.seq.partition, c.seq.slot // 2) for c in schedule.chunks}
+    assert where == {0: (0, 0), 1: (1, 1), 2: (1, 1), 3: (0, 0)}, "the fourth finds no slot where most pages are"
+    assert [c.seq.seq_id for c in schedule.chunks] == [0, 3, 1, 2], "partition by partition"

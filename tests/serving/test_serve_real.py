@@ -20,7 +20,7 @@ from http_client import Client, get, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from paddock.serving import LLM, SamplingParams
-from paddock.serving.engine_loop import EngineLoop
+from paddock.serving.front import Front
 from paddock.serving.request import RequestStream
 from paddock.serving.server import create_app
 from paddock.serving.wsgi import HttpServer, bind
@@ -34,14 +34,14 @@ START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[EngineLoop]:
+def engine() -> Iterator[Front]:
     options = dict(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256, compile_cache_dir=str(CACHE))
     with LLM(**options) as llm:
         yield llm.engine
 
 
 @pytest.fixture(scope="module")
-def port(engine: EngineLoop) -> Iterator[int]:
+def port(engine: Front) -> Iterator[int]:
     with HttpServer(create_app(engine, max_concurrent_requests=8), bind("127.0.0.1", 0)) as server:
         yield server.port
 
@@ -65,7 +65,7 @@ def complete(port: int, **body: Any) -> dict[str, Any]:
     return choice
 
 
-def generate(engine: EngineLoop, max_tokens: int) -> str:
+def generate(engine: Front, max_tokens: int) -> str:
     """What Python gets for ROMEO."""
     params = SamplingParams(max_tokens=max_tokens, **GREEDY)
     (output,) = engine.submit(ROMEO, params, output_kind="final")
@@ -153,7 +153,7 @@ def read_metrics(port: int) -> dict[str, float]:
 def test_metrics_count_what_was_done(engine, port):
     before = read_metrics(port)
     usage = post(port, "/v1/completions", prompt=ROMEO, max_tokens=10, **GREEDY)["usage"]
-    wait_until(lambda: engine.engine.is_idle and not engine.load()["running"])
+    wait_until(lambda: engine.replicas[0].engine.is_idle and not engine.load()["running"])
     success = "vllm:request_success_total/length"
     wait_until(lambda: read_metrics(port).get(success, 0) == before.get(success, 0) + 1)
     after = read_metrics(port)
@@ -171,12 +171,12 @@ def test_metrics_count_what_was_done(engine, port):
 class Turnstile:
     """Lets the engine's steps through one permit at a time, and notes at which step each request was aborted."""
 
-    def __init__(self, engine: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, engine: Front, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_steps = 0
         self.streams: list[RequestStream] = []
         self.aborted = threading.Event()
         self._permits = threading.Semaphore(0)
-        step, submit = engine.engine.step, engine.submit
+        step, submit = engine.replicas[0].engine.step, engine.submit
 
         def paced_step() -> Any:
             self._permits.acquire()
@@ -195,7 +195,7 @@ class Turnstile:
             monkeypatch.setattr(stream, "abort", watched_abort)
             return stream
 
-        monkeypatch.setattr(engine.engine, "step", paced_step)
+        monkeypatch.setattr(engine.replicas[0].engine, "step", paced_step)
         monkeypatch.setattr(engine, "submit", watched_submit)
 
     def let(self, count: int) -> None:
@@ -203,19 +203,19 @@ class Turnstile:
 
 
 @pytest.fixture
-def turnstile(engine: EngineLoop, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turnstile]:
-    wait_until(lambda: engine.engine.is_idle)
+def turnstile(engine: Front, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turnstile]:
+    wait_until(lambda: engine.replicas[0].engine.is_idle)
     turnstile = Turnstile(engine, monkeypatch)
     yield turnstile
     for stream in turnstile.streams:
         stream.abort()
     turnstile.let(10_000)
-    wait_until(lambda: engine.engine.is_idle)
+    wait_until(lambda: engine.replicas[0].engine.is_idle)
 
 
 @pytest.mark.parametrize("state", ["waiting", "streaming", "not streaming"])
 def test_a_client_that_leaves_frees_its_pages_within_two_steps(engine, port, turnstile, state):
-    pool = engine.engine.scheduler.pool
+    pool = engine.replicas[0].engine.scheduler.partitions[0].pool
     others = 4 if state == "waiting" else 0  # as many as may run at once
     for _ in range(others):
         engine.submit(ROMEO, SamplingParams(max_tokens=200, **GREEDY))
@@ -238,7 +238,7 @@ def test_a_client_that_leaves_frees_its_pages_within_two_steps(engine, port, tur
     for stream in turnstile.streams[:others]:
         stream.abort()
     turnstile.let(2)
-    wait_until(lambda: engine.engine.is_idle)
+    wait_until(lambda: engine.replicas[0].engine.is_idle)
     assert pool.num_free == pool.num_usable
 
 

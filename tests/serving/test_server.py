@@ -249,7 +249,7 @@ def test_status_routes(client, engine):
     assert client.get("/health").status_code == client.get("/ping").status_code == 200
     assert client.get("/load").json == {"server_load": 0, "running": 0, "waiting": 0}
     assert set(client.get("/version").json) == {"version"}
-    engine.metrics.on_prompt(3)
+    engine.metrics.engines[0].on_prompt(3)
     metrics = client.get("/metrics")
     assert metrics.mimetype == "text/plain"
     assert 'vllm:prompt_tokens_total{engine="0",model_name="demo"} 3.0' in metrics.text

@@ -88,9 +88,18 @@ def test_query_heads_that_do_not_divide_name_the_numbers_that_do() -> None:
         Dims.of(six_over_three, Layout.build("tensor=4"))
 
 
-def test_a_kv_head_stays_with_its_query_heads() -> None:
-    with pytest.raises(ValueError, match=r"^rules: q_heads=x\+y and kv_heads=x differ; .*the same mesh axes$"):
-        Dims.of(CONFIG, Layout.build("x=2,y=2", "q_heads=x+y,kv_heads=x"))
+def test_query_heads_of_one_kv_head_may_be_split_further() -> None:
+    """Two kv heads over x, the four query heads of each over y: every device holds one kv head."""
+    layout = Layout.build("x=2,y=2", "q_heads=x+y,kv_heads=x")
+    dims = Dims.of(CONFIG, layout)
+    assert (dims.kv_repeat, dims.kv_heads, dims.group, dims.cache_heads) == (2, 4, 2, 4)
+    whole = Dims.of(CONFIG, Layout.build("x=2", "q_heads=x,kv_heads="))
+    assert (whole.kv_repeat, whole.kv_heads) == (2, 4), "without a rule each device holds all that there are"
+
+
+def test_attention_by_sequences_repeats_no_kv_head() -> None:
+    dims = Dims.of(CONFIG, Layout.build("x=4", "q_heads=x,batch=x,tokens="))
+    assert (dims.kv_heads, dims.cache_heads) == (4, 2)
 
 
 def test_annotations_are_checked_under_pytest() -> None:

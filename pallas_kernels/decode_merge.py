@@ -1,0 +1,80 @@
+"""How the shares of paged decode attention become one output: float32 parts, weighted by their log-sum-exp."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .compat import load, semaphore_wait, store_transposed
+from .decode_plan import tiles_of
+
+LAYOUT = plgpu.Layout.WGMMA
+
+
+def along_rows(vector: Any, matrix: Any) -> Any:
+    """`vector` [n], of a value for every column, as a matrix like `matrix` [m, n]."""
+    return lax.broadcast_in_dim(vector, matrix.shape, [1])
+
+
+def store_output(total: Any, out_smem: Any, out_ref: Any) -> None:
+    """Send total [h, rows] to out_ref [G, h], G <= rows, by way of out_smem [rows, h]; returns before it is there."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent before has left out_smem
+    store_transposed(out_smem, total.astype(out_smem.dtype))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, out_ref.shape[0])], out_ref)
+
+
+def owner_of(worker: Any, first_tile: Any, share: Any) -> Any:
+    """The worker in whose share the piece starts that `worker` goes on with at `first_tile`."""
+    return worker - lax.div(first_tile + share - 1, share)
+
+
+def merge_share(
+    parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_ref: Any, out_smem: Any, finished: Any = None
+) -> None:
+    """In a kernel: where this worker's share ends inside a (sequence, kv head), merge what everybody found there.
+
+    parts_ref [workers, 2, h, rows], lse_ref [workers, 2, rows]: what a worker went on with lies in its slot 0, what it
+    began and left to others in its slot 1. `finished` [workers]: semaphores that those others signal; None: they are
+    known to be done.
+    """
+    worker = lax.axis_index("worker")
+    share = plan_ref[worker, 3]
+    sequence, head, taken = (plan_ref[worker + 1, i] for i in range(3))
+
+    @pl.when(jnp.logical_and(taken > 0, taken <= share))
+    def _merge() -> None:
+        others = lax.div(tiles_of(len_ref[sequence]) - taken + share - 1, share)
+        if finished is not None:
+            semaphore_wait(finished.at[worker], others)
+
+        def part(i: Any) -> tuple[Any, Any]:
+            source = worker + i, jnp.where(i > 0, 0, 1)
+            return load(parts_ref.at[source], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
+
+        total, peak = part(0)
+        together = max(1, 64 // total.shape[1])  # loads in flight, as far as the registers go
+
+        def add(step: Any, carry: Any) -> Any:
+            total, peak, mass = carry
+            loaded = []
+            for i in range(together):
+                index = 1 + step * together + i
+                values, lse = part(jnp.minimum(index, others))
+                loaded.append((values, lse + jnp.where(index <= others, 0.0, -jnp.inf)))
+            new_peak = functools.reduce(jnp.maximum, [lse for _, lse in loaded], peak)
+            decay = jnp.exp2(peak - new_peak)
+            total, mass = total * along_rows(decay, total), mass * decay
+            for values, lse in loaded:
+                weight = jnp.exp2(lse - new_peak)
+                total, mass = total + values * along_rows(weight, values), mass + weight
+            return total, new_peak, mass
+
+        start = total, peak, jnp.ones(peak.shape, jnp.float32)
+        total, _, mass = lax.fori_loop(0, lax.div(others + together - 1, together), add, start)
+        store_output(total / along_rows(mass, total), out_smem, out_ref.at[sequence, head])

@@ -1,0 +1,52 @@
+"""How paged decode attention is divided over the blocks of a GPU: equal shares of all tokens, whatever the lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+TILE_TOKENS = 64  # what a step of the kernel multiplies: the rows of one wgmma
+
+
+def tiles_of(length: Any) -> Any:
+    """Tiles of a sequence of `length` tokens; one for an empty sequence, whose output somebody must clear."""
+    return jnp.maximum(lax.div(length + (TILE_TOKENS - 1), TILE_TOKENS), 1)
+
+
+def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int) -> Int[Array, "shares 4"]:
+    """(sequence, kv head, first tile, number of tiles) of every worker's share; the last row is a sentinel of zeros.
+
+    The tiles of all (sequence, kv head) pairs in a row, cut in equal shares as stream-K cuts matrix products
+    (arXiv 2301.03598): no share is more than a tile longer than another, and one grid serves every mix of lengths.
+    The layers of a step call it with the same `kv_len`, and XLA computes it once.
+    """
+    order = jnp.arange(kv_len.shape[0])
+    tiles = tiles_of(kv_len)
+    # A sum over a triangle: one fused kernel, where a cumulative sum is several.
+    ends = kv_heads * jnp.where(order[:, None] >= order[None, :], tiles[None, :], 0).sum(axis=1)
+    share = lax.div(ends[-1] + (workers - 1), workers)
+    start = jnp.arange(workers + 1) * share
+    count = jnp.clip(ends[-1] - start, 0, share)
+    sequence = jnp.minimum((ends[None, :] <= start[:, None]).sum(axis=1), order[-1])
+    inside = start - (ends - kv_heads * tiles)[sequence]
+    head, tile = jnp.divmod(inside, tiles[sequence])
+    return jnp.where(count[:, None] > 0, jnp.stack([sequence, head, tile, count], axis=1), 0).astype(jnp.int32)
+
+
+def walk(plan_ref: Any, len_ref: Any, kv_heads: int, visit: Callable[..., Any], state: Any) -> None:
+    """In a kernel over `worker`s: state = visit(sequence, head, first tile, tiles, state) for each piece of a share."""
+
+    def step(carry: Any) -> Any:
+        sequence, head, tile, left, state = carry
+        count = jnp.minimum(left, tiles_of(len_ref[sequence]) - tile)
+        state = visit(sequence, head, tile, count, state)
+        head = head + 1
+        sequence = jnp.where(head == kv_heads, sequence + 1, sequence)
+        return sequence, jnp.where(head == kv_heads, 0, head), jnp.int32(0), left - count, state
+
+    share = tuple(plan_ref[lax.axis_index("worker"), i] for i in range(4))
+    lax.while_loop(lambda carry: carry[3] > 0, step, (*share, state))

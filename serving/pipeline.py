@@ -1,0 +1,102 @@
+"""The layers of one step: all on the spot, or one tick of a pipeline over stages.
+
+In a pipeline each tick every stage works on its own group of sequences: the one that entered s ticks ago is at stage s.
+Its rows then move on by a collective permute, so that with as many groups in flight as stages none idles (Huang et al.
+2019, GPipe, arXiv 1811.06965; Llama Team 2024, section 6.1). All stages run one program: the layers' arrays differ.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from paddock.model import LayerStack
+
+from .kv_cache import KVCache
+from .paged_attention import PagedAttention
+from .step_input import PackedLayout, StepInput
+from .step_plan import StepPlan
+
+Params = dict[str, jax.Array]
+LAYERS = "layers."
+
+
+def run_layers(
+    plan: StepPlan,
+    packing: PackedLayout,
+    params: Params,
+    cache: KVCache,
+    page_table: Int[Array, "S N"],
+    between_stages: jax.Array | None,
+    packed: jax.Array,
+    x: Float[Array, "T D"],
+) -> tuple[KVCache, jax.Array | None, Float[Array, "R D"], jax.Array]:
+    """Take the entering rows `x` through the layers, or one stage further.
+
+    Returns the cache, the rows between stages, the rows that sample [R D], and those of all U chunk tokens [U D] of the
+    group that comes out (over stages [stages U D], of which the last is that group's).
+    """
+    layers = {name: value for name, value in params.items() if name.startswith(LAYERS)}
+    if between_stages is None:
+        inputs = packing.unpack(packed)
+        attend = PagedAttention(plan, cache, inputs, page_table)
+        x = LayerStack(plan.config, layers, plan.layout)(x, attend.position, attend)
+        return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
+
+    axes = plan.layout.rules.layers
+    count = plan.stages.count
+    decodes, tokens = (n // plan.num_partitions for n in (packing.bucket.decodes, packing.bucket.chunk_tokens))
+    first_token = plan.max_decodes // plan.num_partitions
+
+    def tick(
+        stage: jax.Array,
+        layers: Params,
+        cache: KVCache,
+        between: jax.Array,
+        packed: jax.Array,
+        page_table: jax.Array,
+        x: jax.Array,
+    ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
+        inputs = packing.unpack(packed[0])
+        attend = PagedAttention(plan, jax.tree.map(lambda pool: pool[0], cache), inputs, page_table)
+        come = jnp.concatenate([between[0, :, :decodes], between[0, :, first_token : first_token + tokens]], axis=1)
+        x = jnp.where(stage[0] == 0, x, come.reshape(x.shape))
+        x = LayerStack(plan.config, {name: value[0] for name, value in layers.items()}, plan.layout)(
+            x, attend.position, attend
+        )
+        with jax.named_scope("stages"):
+            rows = _sampling_rows(plan, inputs, x)
+            rows = jax.lax.psum(jnp.where(stage[0] == count - 1, rows, 0), axes)
+            moved = jax.lax.ppermute(x, axes, [(s, s + 1) for s in range(count - 1)]).reshape(come.shape)
+        between = between[0].at[:, :decodes].set(moved[:, :decodes])
+        between = between.at[:, first_token : first_token + tokens].set(moved[:, decodes:])
+        cache = jax.tree.map(lambda pool: pool[None], attend.cache)
+        return cache, between[None], rows, _chunk_rows(plan, inputs, x)[None]
+
+    staged, whole = PartitionSpec(axes), PartitionSpec()
+    mapped = plan.layout.shard_map(
+        tick, (staged, staged, staged, staged, staged, whole, whole), (staged, staged, whole, staged), over=axes
+    )
+    return mapped(jnp.arange(count), layers, cache, between_stages, packed, page_table, x)
+
+
+def _sampling_rows(plan: StepPlan, inputs: StepInput, x: Float[Array, "T D"]) -> Float[Array, "R D"]:
+    """The decoding rows, then the last row of each chunk."""
+    count = plan.num_partitions
+    decodes = inputs.decode_slot.shape[0] // count
+    shares = x.reshape(count, -1, x.shape[-1])
+    rows = shares[:, :decodes].reshape(-1, x.shape[-1])
+    if not inputs.chunk_slot.shape[0]:
+        return rows
+    last = decodes + jnp.maximum(inputs.chunk_start + inputs.chunk_length - 1, 0)
+    lasts = jnp.take_along_axis(shares, last.reshape(count, -1, 1), axis=1)
+    return jnp.concatenate([rows, lasts.reshape(-1, x.shape[-1])])
+
+
+def _chunk_rows(plan: StepPlan, inputs: StepInput, x: Float[Array, "T D"]) -> Float[Array, "U D"]:
+    """The rows of the U chunk tokens."""
+    count = plan.num_partitions
+    decodes = inputs.decode_slot.shape[0] // count
+    return x.reshape(count, -1, x.shape[-1])[:, decodes:].reshape(-1, x.shape[-1])

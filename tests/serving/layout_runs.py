@@ -1,0 +1,154 @@
+"""A tiny model run through the engine in any layout, by one executable: what the layout tests compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from paddock.checkpoints.load import load
+from paddock.model import LlamaConfig, RopeConfig
+from paddock.model.shapes import SHAPES
+from paddock.serving.bucket import Bucket, BucketTable
+from paddock.serving.engine import Engine, Limits
+from paddock.serving.engine_config import EngineConfig
+from paddock.serving.executor import Executor
+from paddock.serving.page_pool import PagePool
+from paddock.serving.programs import Programs
+from paddock.serving.resolve import Resolved, resolve
+from paddock.serving.sampling_params import SamplingParams
+from paddock.serving.scheduler import Scheduler
+
+from engines import TokenComparison
+
+# Three layers, so that two stages do not divide them; two kv heads, fewer than most layouts have shards.
+CONFIG = LlamaConfig(
+    vocab_size=101,
+    embed_dim=16,
+    mlp_dim=24,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position=64,
+    norm_eps=1e-5,
+    rope=RopeConfig("default", 10000.0),
+    tie_embeddings=False,
+    attention_bias=True,
+    mlp_bias=False,
+    dtype="float32",
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+LENGTHS = (3, 21, 9, 14, 1, 30, 6, 11)
+NEW_TOKENS = (12, 5, 17, 8, 20, 6, 9, 13)
+NUM_SLOTS, PAGE_SIZE, STEP_TOKENS = 8, 4, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class OneBucket(BucketTable):
+    """Every step takes the largest bucket: one executable a layout."""
+
+    def all(self) -> list[Bucket]:
+        return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.variants[-1])]
+
+    def choose(self, schedules: Any, *, full: bool) -> Bucket:
+        return self.all()[0]
+
+
+class StepAlone(Programs):
+    """Without the programs for logit bias and prompt_logprobs."""
+
+    def compile(self, *, progress: bool = False) -> dict[Any, jax.stages.Compiled]:
+        compiled: dict[Any, Any] = {bucket: self.lower(bucket).compile() for bucket in self.packings}
+        return compiled | {"allocate": self._lower_allocate().compile()}
+
+
+def resolve_tiny(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> Resolved:
+    """Raises ValueError where the layout does not suit the model."""
+    monkeypatch.setitem(SHAPES, "tiny-layouts", CONFIG)
+    options = dict(
+        load_format="dummy",
+        dtype="float32",
+        max_num_seqs=NUM_SLOTS,
+        max_num_batched_tokens=STEP_TOKENS,
+        block_size=PAGE_SIZE,
+        kv_cache_memory_bytes=2**20,
+        skip_tokenizer_init=True,
+    )
+    return resolve(EngineConfig(model="tiny-layouts", **{**options, **layout}))
+
+
+def engine_of(resolved: Resolved, *, pages: int, full: bool) -> Engine:
+    """An engine with `pages` usable pages, all partitions together; not `full`: with the sampler's fast half alone."""
+    plan = dataclasses.replace(resolved.plan, branches=full)
+    sizes = {f.name: getattr(resolved.buckets, f.name) for f in dataclasses.fields(BucketTable)}
+    table = OneBucket(**{**sizes, "variants": (full,)})
+    num_pages = pages // plan.num_partitions + 1
+    params = load(Path(), CONFIG, plan.layout, "float32", "dummy")
+    executor = Executor(StepAlone(plan, table, num_pages), params)
+    scheduler = Scheduler(
+        [PagePool(num_pages, PAGE_SIZE) for _ in range(plan.num_partitions)],
+        max_num_seqs=plan.num_slots,
+        max_num_batched_tokens=plan.max_chunk_tokens,
+        max_chunks=table.max_chunks,
+        num_stages=plan.stages.count,
+    )
+    return Engine(executor, scheduler, Limits(CONFIG.vocab_size, resolved.max_model_len, 20, frozenset(), 0))
+
+
+@dataclasses.dataclass
+class Run:
+    """The tokens of each request, how far the likeliest token was ahead of the next, and the preemptions on the way."""
+
+    tokens: list[list[int]]
+    margins: list[list[float]]
+    preemptions: int
+
+
+def run(resolved: Resolved, *, pages: int, full: bool = False) -> Run:
+    """A mixed batch: requests join as others leave and are aborted, and with few pages some are preempted.
+
+    Margins are known where the step is `full`, the sampler with all its pieces.
+    """
+    engine = engine_of(resolved, pages=pages, full=full)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in LENGTHS]
+    sequences, tokens, margins = [], [], []
+    where: dict[Any, int] = {}
+    step = 0
+    while len(sequences) < len(prompts) or not engine.is_idle:
+        if step % 2 == 0 and len(sequences) < len(prompts):
+            index = len(sequences)
+            logprobs = 2 if full else None
+            params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS[index], ignore_eos=True, logprobs=logprobs)
+            sequences += engine.add(prompts[index], params)
+            where[sequences[-1]] = index
+            tokens.append([])
+            margins.append([])
+            noise = engine.add(prompts[-1 - index], SamplingParams(temperature=1.0, seed=index, max_tokens=20))
+        if step % 2 == 1:
+            engine.abort(noise)
+        for sampled in engine.step().tokens:
+            if sampled.seq in where:
+                index = where[sampled.seq]
+                tokens[index].append(sampled.token_id)
+                if sampled.logprobs is not None:
+                    first, second = sorted((c.logprob for c in sampled.logprobs.values()), reverse=True)[:2]
+                    margins[index].append(first - second)
+        step += 1
+        assert step < 600
+    engine.scheduler.check_idle()
+    engine.runner.release()  # type: ignore[attr-defined]
+    return Run(tokens, margins, engine.scheduler.num_preemptions)
+
+
+def assert_same(got: Run, want: Run) -> None:
+    comparison = TokenComparison()
+    for one, other, margins in zip(got.tokens, want.tokens, want.margins, strict=True):
+        comparison.add(one, other, margins)
+    comparison.check()

@@ -1,0 +1,103 @@
+"""What the flags and the file of `paddock sweep` ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paddock.serving.cli import build_parser
+from paddock.serving.engine_config import EngineConfig
+from paddock.serving.sweep_plan import Case, Sweep, SweepLayout
+
+
+def sweep_of(*flags: str) -> Sweep:
+    return Sweep.from_args(build_parser().parse_args(["sweep", *flags]))
+
+
+def test_every_spelling_of_a_layout(tmp_path: Path):
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        """
+        batch_sizes = [1, 64]
+        input_lens = [16]
+        output_len = 4
+        [[layout]]
+        name = "split head"
+        mesh = "x=2,y=2"
+        rules = "q_heads=x,mlp=y,vocab=x+y"
+        """
+    )
+    sweep = sweep_of(
+        *("-tp", "8", "--meshes", "tensor=2", "pipe=2,tensor=2", "--presets", "llama3"),
+        *("--layouts", "mesh=tensor=4; rules=vocab=", "preset=llama3;mesh=pipe=4,tensor=2;name=deep"),
+        *("--config", str(file), "--batch-sizes", "8", "2"),
+    )
+    assert sweep.layouts == (
+        SweepLayout(),
+        SweepLayout(mesh="tensor=8"),
+        SweepLayout(mesh="tensor=2"),
+        SweepLayout(mesh="pipe=2,tensor=2"),
+        SweepLayout(preset="llama3"),
+        SweepLayout(mesh="tensor=4", rules="vocab="),
+        SweepLayout(mesh="pipe=4,tensor=2", preset="llama3", name="deep"),
+        SweepLayout(mesh="x=2,y=2", rules="q_heads=x,mlp=y,vocab=x+y", name="split head"),
+    )
+    assert [layout.label for layout in sweep.layouts[-4:]] == ["llama3", "tensor=4 vocab=", "deep", "split head"]
+    assert sweep.cases == (Case(8, 16, 4), Case(2, 16, 4))  # flags go before the file
+
+
+def test_a_layout_is_run_once():
+    assert len(sweep_of("--meshes", "tensor=2", "tensor=2", "--layouts", "mesh=tensor=2").layouts) == 2
+
+
+def test_the_layout_replaces_that_of_the_config():
+    config = EngineConfig(tensor_parallel_size=4, max_num_seqs=3)
+    changed = SweepLayout("pipe=2", "vocab=").apply(config)
+    assert (changed.layout_text.mesh, changed.rules, changed.max_num_seqs) == ("pipe=2", "vocab=", 3)
+
+
+def test_keys_tell_what_could_change_a_row():
+    layout, case = SweepLayout("tensor=2"), Case(8, 128, 32)
+    sweep = sweep_of("--meshes", "tensor=2")
+    key = sweep.key(layout, case)
+    assert key == sweep_of("--presets", "llama3", "-tp", "4", "--compile-cache-dir", "x").key(layout, case)
+    others = [
+        sweep.key(SweepLayout("tensor=4"), case),
+        sweep.key(SweepLayout("tensor=2", "vocab="), case),
+        sweep.key(layout, Case(8, 128, 16)),
+        sweep_of("--meshes", "tensor=2", "--block-size", "16").key(layout, case),
+        sweep_of("--meshes", "tensor=2", "--devices", "8").key(layout, case),
+    ]
+    assert len({key, *others}) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "sweep needs layouts"),
+        (["--layouts", "tensor"], "'tensor' is not of the form key=value"),
+        (["--layouts", "axes=tensor"], "unknown key 'axes'"),
+        (["--meshes", "tensor=2", "--batch-sizes", "0"], "batch_size must be at least 1, got 0"),
+        (["--config", "missing.toml"], "sweep file missing.toml"),
+    ],
+)
+def test_what_is_wrong_is_named(flags: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        sweep_of(*flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lengths = [1]", "unknown key 'lengths'"),
+        ("[[layout]]\nmesh = 2", "mesh must be a string, not 2"),
+        ("batch_sizes = 4\n[[layout]]\nmesh = 'tensor=2'", "batch_sizes must be a list of whole numbers, got 4"),
+        ("input_lens = ['4']\n[[layout]]\nmesh = 'tensor=2'", "input_lens must be a list of whole numbers, got .'4'."),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "sweep.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        sweep_of("--config", str(file))
