@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paddock.model import Dims, LlamaConfig, param_specs, placements
 from paddock.sharding import Layout
@@ -58,8 +58,8 @@ def load_orbax(path: Path, config: LlamaConfig, layout: Layout, dtype: Any = Non
     `placements` puts it.
 
     Orbax reads each shard into its place. Arrays that the layout repeats or pads are read in their canonical shape,
-    split over all its devices, then changed there, one after the other. Raises CheckpointError naming the folder and the
-    array.
+    split over all its devices, then changed there, one after the other. Raises CheckpointError naming the folder and
+    the array.
     """
     folder, dims = Path(path) / PARAMS, Dims.of(config, layout)
     specs, canonical = param_specs(config, layout, dtype), param_specs(config, None, dtype)
@@ -71,7 +71,7 @@ def load_orbax(path: Path, config: LlamaConfig, layout: Layout, dtype: Any = Non
         )
     targets = {n: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=places[n]) for n, spec in specs.items()}
     differs = {name for name in specs if specs[name].shape != canonical[name].shape}
-    wanted = targets | {n: _spread(canonical[n].shape, canonical[n].dtype, places[n].mesh) for n in differs}
+    wanted = targets | {n: _spread(canonical[n].shape, canonical[n].dtype, places[n]) for n in differs}
     narrowed = _check(folder, wanted)
     try:
         with _checkpointer(wanted) as checkpointer:
@@ -148,8 +148,9 @@ def _checkpointer(arrays: Mapping[str, Any]) -> ocp.Checkpointer:
     return ocp.Checkpointer(handler)
 
 
-def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """An array split over all devices along its last dimension that divides; whole on each if none does."""
+def _spread(shape: tuple[int, ...], dtype: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    """An array split over all devices of `place` along its last dimension that divides; whole on each if none does."""
+    mesh: Any = place.mesh
     axis = next((i for i in reversed(range(len(shape))) if shape[i] % mesh.size == 0), None)
     entries = [mesh.axis_names if i == axis else None for i in range(len(shape))]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))

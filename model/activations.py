@@ -13,9 +13,9 @@ from paddock.sharding import Layout
 class Activations:
     """The constraints that a model puts on its activations: everything else follows by propagation.
 
-    The residual stream is split by `tokens`, and by `embed` over what tokens leave. A block works on rows that are whole
-    over the mesh axes of its inner dimension (q_heads or mlp): where tokens use one of those, rows are gathered on the
-    way in and reduce-scattered on the way out (sequence parallelism, Korthikanti et al. 2022).
+    The residual stream is split by `tokens`, and by `embed` over what tokens leave. A block works on rows that are
+    whole over the mesh axes of its inner dimension (q_heads or mlp): where tokens use one of those, rows are gathered
+    on the way in and reduce-scattered on the way out (sequence parallelism, Korthikanti et al. 2022).
     """
 
     layout: Layout

@@ -67,7 +67,7 @@ class Dims:
 
 
 def _repeat(config: LlamaConfig, layout: Layout, q_axes: tuple[str, ...], kv_axes: tuple[str, ...]) -> int:
-    """How often each kv head is held: where the query heads of one are split further, and where shards outnumber them."""
+    """How often each kv head is held: once for each split of its query heads, or for each shard beyond their number."""
     distinct = layout.size_of(kv_axes)
     return layout.size_of(q_axes) // distinct * (distinct // math.gcd(config.num_kv_heads, distinct))
 

@@ -1,8 +1,8 @@
 """Layers over pipeline stages: which stage holds which, and the arrays that all stages hold alike.
 
-Stage s of P holds layers s*J to s*J + J-1, with J = ceil(L / P). Layer *slot* j is then one array [P, ...] of which each
-stage holds its own layer. Where P does not divide L the last slots are zeros: such a layer adds nothing to the residual
-stream, because its output projections are zero.
+Stage s of P holds layers s*J to s*J + J-1, with J = ceil(L / P). Layer *slot* j is then one array [P, ...] of which
+each stage holds its own layer. Where P does not divide L the last slots are zeros: such a layer adds nothing to the
+residual stream, because its output projections are zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention implementations by name: one table for decode, one for prefill, one signature each."""
+"""The attention implementations by name: one table for decode, one for prefill, one for what writes the pages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 from jaxtyping import Array
 
+from .append_mosaic import append_mosaic
+from .append_reference import append_reference
 from .decode_blocked import decode_blocked
 from .decode_mosaic import decode_mosaic
 from .decode_reference import decode_reference
 from .prefill_blocked import prefill_blocked
+from .prefill_mosaic import prefill_mosaic
 from .prefill_reference import prefill_reference
 
 # (q, k_pages, v_pages, page_table, kv_len, *, scale) -> out; the contract is decode_reference's docstring.
@@ -24,4 +27,11 @@ DECODE_ATTENTION: dict[str, Callable[..., Array]] = {
 PREFILL_ATTENTION: dict[str, Callable[..., Array]] = {
     "reference": prefill_reference,
     "blocked": prefill_blocked,
+    "mosaic": prefill_mosaic,
+}
+
+# (k_pages, v_pages, k, v, page, offset) -> (k_pages, v_pages); append_reference's docstring.
+KV_APPEND: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "reference": append_reference,
+    "mosaic": append_mosaic,
 }

@@ -36,6 +36,15 @@ def check_decode(q: Array, k_pages: Array, v_pages: Array, page_table: Array, kv
         )
 
 
+def check_scales(k_pages: Array, k_scale: Array | None, v_scale: Array | None) -> None:
+    """Raise ValueError unless there are no scales, or float32 [P, K] for keys and for values, and then 8-bit pages."""
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is None) != (k_pages.dtype.itemsize > 1):
+            raise ValueError(f"{name} goes with pages of 8 bits, and only with them: got pages of {k_pages.dtype}")
+        if scale is not None and (scale.shape != k_pages.shape[:2] or scale.dtype != jnp.float32):
+            raise ValueError(f"{name} must be float32{k_pages.shape[:2]}: got {scale.dtype}{scale.shape}")
+
+
 def check_prefill(
     q: Array, k_pages: Array, v_pages: Array, page_table: Array, q_start: Array, q_len: Array, kv_len: Array
 ) -> None:

@@ -62,18 +62,3 @@ def product(a: Any, b: Any, *, a_transposed: bool = False, b_transposed: bool = 
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def semaphores(count: int) -> Any:
-    """Semaphores [count] that all blocks of a kernel see; JAX gives them to the kernel at 0 and gets them back at 0."""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
-
-
-def semaphore_signal(semaphore: Any) -> None:
-    """Add 1, after everything this warpgroup wrote before."""
-    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
-
-
-def semaphore_wait(semaphore: Any, value: Any) -> None:
-    """Wait for `value`, and take it off; what the signallers wrote before can then be read."""
-    plgpu.semaphore_wait(semaphore, value, memory_scope="gpu")

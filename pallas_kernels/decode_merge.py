@@ -10,10 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .compat import load, semaphore_wait, store_transposed
+from .compat import load, store_transposed
 from .decode_plan import tiles_of
 
 LAYOUT = plgpu.Layout.WGMMA
+COLUMNS = 64
 
 
 def along_rows(vector: Any, matrix: Any) -> Any:
@@ -29,36 +30,28 @@ def store_output(total: Any, out_smem: Any, out_ref: Any) -> None:
     plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, out_ref.shape[0])], out_ref)
 
 
-def owner_of(worker: Any, first_tile: Any, share: Any) -> Any:
-    """The worker in whose share the piece starts that `worker` goes on with at `first_tile`."""
-    return worker - lax.div(first_tile + share - 1, share)
-
-
-def merge_share(
-    parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_ref: Any, out_smem: Any, finished: Any = None
-) -> None:
-    """In a kernel: where this worker's share ends inside a (sequence, kv head), merge what everybody found there.
+def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_ref: Any, out_smem: Any) -> None:
+    """Kernel body: where a worker's share ends inside a (sequence, kv head), merge what everybody found there.
 
     parts_ref [workers, 2, h, rows], lse_ref [workers, 2, rows]: what a worker went on with lies in its slot 0, what it
-    began and left to others in its slot 1. `finished` [workers]: semaphores that those others signal; None: they are
-    known to be done.
+    began and left to the next workers in its slot 1. A thread block merges `COLUMNS` of the h columns of out_ref
+    [B, K, G, h].
     """
     worker = lax.axis_index("worker")
+    columns = pl.ds(lax.axis_index("columns") * COLUMNS, COLUMNS)
     share = plan_ref[worker, 3]
     sequence, head, taken = (plan_ref[worker + 1, i] for i in range(3))
 
     @pl.when(jnp.logical_and(taken > 0, taken <= share))
     def _merge() -> None:
         others = lax.div(tiles_of(len_ref[sequence]) - taken + share - 1, share)
-        if finished is not None:
-            semaphore_wait(finished.at[worker], others)
 
         def part(i: Any) -> tuple[Any, Any]:
             source = worker + i, jnp.where(i > 0, 0, 1)
-            return load(parts_ref.at[source], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
+            return load(parts_ref.at[(*source, columns)], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
 
         total, peak = part(0)
-        together = max(1, 64 // total.shape[1])  # loads in flight, as far as the registers go
+        together = max(1, 128 // total.shape[1])  # loads in flight, as far as the registers go
 
         def add(step: Any, carry: Any) -> Any:
             total, peak, mass = carry
@@ -77,4 +70,5 @@ def merge_share(
 
         start = total, peak, jnp.ones(peak.shape, jnp.float32)
         total, _, mass = lax.fori_loop(0, lax.div(others + together - 1, together), add, start)
-        store_output(total / along_rows(mass, total), out_smem, out_ref.at[sequence, head])
+        store_output(total / along_rows(mass, total), out_smem, out_ref.at[sequence, head, :, columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 TILE_TOKENS = 64  # what a step of the kernel multiplies: the rows of one wgmma
+ENOUGH = 32  # tiles of a share that hide how long a worker takes to start
 
 
 def tiles_of(length: Any) -> Any:
@@ -17,18 +18,24 @@ def tiles_of(length: Any) -> Any:
     return jnp.maximum(lax.div(length + (TILE_TOKENS - 1), TILE_TOKENS), 1)
 
 
-def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int) -> Int[Array, "shares 4"]:
-    """(sequence, kv head, first tile, number of tiles) of every worker's share; the last row is a sentinel of zeros.
+def _split(tiles: Any, among: int) -> Any:
+    return lax.div(tiles + (among - 1), among)
+
+
+def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: int) -> Int[Array, "shares 4"]:
+    """(sequence, kv head, first tile, number of tiles) of every worker's share; one more row of zeros ends the list.
 
     The tiles of all (sequence, kv head) pairs in a row, cut in equal shares as stream-K cuts matrix products
-    (arXiv 2301.03598): no share is more than a tile longer than another, and one grid serves every mix of lengths.
+    (arXiv 2301.03598), so that one grid serves every mix of lengths. `resident` of the workers run at a time: up to
+    `ENOUGH` tiles are a share as long as each of those gets one, and the rest goes to whoever is done first (some
+    multiprocessors read memory a quarter faster than others).
     The layers of a step call it with the same `kv_len`, and XLA computes it once.
     """
     order = jnp.arange(kv_len.shape[0])
     tiles = tiles_of(kv_len)
     # A sum over a triangle: one fused kernel, where a cumulative sum is several.
     ends = kv_heads * jnp.where(order[:, None] >= order[None, :], tiles[None, :], 0).sum(axis=1)
-    share = lax.div(ends[-1] + (workers - 1), workers)
+    share = jnp.maximum(_split(ends[-1], workers), jnp.minimum(_split(ends[-1], resident), ENOUGH))
     start = jnp.arange(workers + 1) * share
     count = jnp.clip(ends[-1] - start, 0, share)
     sequence = jnp.minimum((ends[None, :] <= start[:, None]).sum(axis=1), order[-1])

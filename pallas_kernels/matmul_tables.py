@@ -1,17 +1,23 @@
-"""The matrix products by name, with one signature."""
+"""The matrix products by name, one table for each signature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from jaxtyping import Array
+from typing import Any
 
 from .matmul_mosaic import matmul_mosaic
+from .matmul_norm import matmul_add_norm_mosaic, matmul_add_norm_reference
 from .matmul_reference import matmul_reference
 
-# (x, w, *, transposed, epilogue, residual, out_dtype) -> out; the contract is matmul_reference's docstring.
+# (x, w, *, epilogue, residual) -> out; the contract is matmul_reference's docstring.
 # An implementation that cannot run on its arguments raises ValueError: nothing falls back.
-MATMUL: dict[str, Callable[..., Array]] = {
+MATMUL: dict[str, Callable[..., Any]] = {
     "reference": matmul_reference,
     "mosaic": matmul_mosaic,
+}
+
+# (x, w, residual, scale, *, eps) -> (total, normed); matmul_add_norm_reference's docstring.
+MATMUL_ADD_NORM: dict[str, Callable[..., Any]] = {
+    "reference": matmul_add_norm_reference,
+    "mosaic": matmul_add_norm_mosaic,
 }

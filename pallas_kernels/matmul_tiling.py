@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 SMS = 132  # H100 SXM and H200
-DEPTH = 64  # of K a step: 128 bytes, the widest swizzle
+DEPTH = 64  # of K a step: 128 bytes, the widest swizzle; narrower ones measured a third slower
 ROWS = 64  # a warpgroup's
-COLUMNS = (256, 224, 192, 160, 128, 96, 64)
+COLUMNS = (64, 128, 192, 256)
 SPLITS = (1, 2, 4, 8)
 MAX_ROWS = 256
-SMEM = 220 * 1024  # bytes of a thread block, less what barriers and alignment take
-# Per microsecond: bytes of HBM, of L2 and of one multiprocessor's way in; float operations of one multiprocessor.
-HBM, L2, INGEST, FLOPS = 3.0e6, 5.0e6, 6.0e4, 5.2e6
-TILE_US, PART_US = 1.0, 2.0  # a tile's epilogue; a second kernel
+SMEM = 231_000  # bytes that a thread block may use, less its barriers
+# Measured on an H100, in microseconds: bytes of HBM, of HBM through one multiprocessor, of L2 into one
+# multiprocessor; float operations of one multiprocessor; bytes of parts written and read again.
+HBM, HBM_EACH, INGEST, FLOPS, WRITE, READ = 3.08e6, 3.0e4, 1.2e5, 5.6e6, 1.6e6, 6.0e6
+# From a load's start to its data; beginning and ending a tile; a kernel more.
+LATENCY, TILE, KERNEL = 1.05, 3.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,16 @@ class Tiling:
     pair: bool = False
 
     @property
+    def blocks(self) -> int:
+        return 2 if self.pair else 1
+
+    @property
     def warpgroups(self) -> int:
         return self.rows // ROWS
 
 
-def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False, sms: int = SMS) -> Tiling:
-    """The fastest tiling for x [m, k] times w [k, n], by the model of `microseconds`.
+def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
+    """The fastest tiling for x [m, k] times w [k, n], by `microseconds`.
 
     Raises ValueError naming what does not divide, and for more than 256 rows.
     """
@@ -43,40 +49,54 @@ def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False, sms: int = SM
         raise ValueError(f"matmul_mosaic takes 1 to {MAX_ROWS} rows: got {m}")
     if k % DEPTH:
         raise ValueError(f"matmul_mosaic needs w's rows to be a multiple of {DEPTH}: got {k}")
-    options = [tiling for tiling in _tilings(m) if not n % tiling.columns and not k % (DEPTH * tiling.split)]
-    if swiglu:
-        options = [tiling for tiling in options if tiling.split == 1]
-    if not options:
-        raise ValueError(f"matmul_mosaic needs w's columns to be a multiple of {COLUMNS[-1]}: got {n}")
-    return min(options, key=lambda tiling: microseconds(tiling, m, k, n, sms))
+    if n % COLUMNS[0]:
+        raise ValueError(f"matmul_mosaic needs w's columns to be a multiple of {COLUMNS[0]}: got {n}")
+    fitting = [t for t in _tilings(m, swiglu) if n % t.columns == 0 and k % (DEPTH * t.split) == 0]
+    return min(fitting, key=lambda tiling: microseconds(tiling, m, k, n))
 
 
-def microseconds(tiling: Tiling, m: int, k: int, n: int, sms: int = SMS) -> float:
-    """What the product would take: memory, or the busiest multiprocessor, and what splitting adds."""
-    blocks = 2 if tiling.pair else 1
-    rows = tiling.rows * blocks
-    units = (n // tiling.columns) * tiling.split * blocks
+def microseconds(tiling: Tiling, m: int, k: int, n: int) -> float:
+    """What the product would take: the slower of memory and the busiest multiprocessor, and what splitting adds."""
+    units = n // tiling.columns * tiling.split * tiling.blocks
+    waves = -(-units // SMS)
     steps = k // DEPTH // tiling.split
-    waves = -(-units // sms)
-    step_bytes = 2 * DEPTH * (min(tiling.rows, -(-m // 8) * 8) + tiling.columns)
-    step = max(2 * tiling.rows * tiling.columns * DEPTH / FLOPS, step_bytes / INGEST)
-    shared = units * steps * 2 * DEPTH * (tiling.rows + tiling.columns / blocks) / L2
-    busiest = waves * (steps * step + TILE_US)
-    parts = PART_US + 2 * 4 * tiling.split * rows * n / L2 if tiling.split > 1 else 0.0
-    return max(2 * k * n / HBM, busiest, shared) + parts
+    loaded = 2 * DEPTH * (min(tiling.rows, padded(m)) + tiling.columns)
+    compute = 2 * tiling.rows * tiling.columns * DEPTH / FLOPS
+    step = max(compute, loaded / INGEST, LATENCY / (tiling.stages - 2))
+    memory = 2 * k * n / min(HBM, min(units, SMS) * HBM_EACH)
+    total = max(memory, waves * steps * step) + waves * TILE
+    if tiling.split > 1:
+        parts = 4 * tiling.split * padded(m) * n
+        total += parts / WRITE + parts / READ + KERNEL
+    return total
 
 
-def _tilings(m: int) -> list[Tiling]:
-    """All tilings for m rows that fit into shared memory and registers."""
-    rows = -(-m // ROWS) * ROWS
-    shapes = [(rows, False)] if rows <= 192 else [(256, False), (128, True)]
+def padded(m: int) -> int:
+    """Rows in units that a copy may address."""
+    return -(-m // 8) * 8
+
+
+def _tilings(m: int, swiglu: bool) -> list[Tiling]:
+    """Every tiling for m rows that fits registers (128 sums a thread at most) and shared memory."""
+    if m > 2 * ROWS:
+        shapes = [(192 if m <= 192 else 256, False), (128, True)]
+    else:
+        shapes = [(ROWS if m <= ROWS else 2 * ROWS, False)]
     found = []
-    for tile_rows, pair in shapes:
+    for rows, pair in shapes:
         for columns in COLUMNS:
-            # Float32 sums: at most 128 registers a thread, of the 65,536 there are.
-            if columns > 256 or tile_rows * columns > 128 * 256 or (tile_rows > 128 and columns > 128):
-                continue
-            output = tile_rows * min(columns, 64) * 4
-            stages = min(12, (SMEM - output) // (2 * DEPTH * (tile_rows + columns)))
-            found += [Tiling(tile_rows, columns, split, stages, pair) for split in SPLITS if stages >= 3]
+            for split in SPLITS:
+                if rows * columns > 2**15 or (swiglu and split > 1):
+                    continue
+                output = output_bytes(m, rows, columns, parts=split > 1, swiglu=swiglu)
+                stages = min(12, (SMEM - output) // (2 * DEPTH * (rows + columns)))
+                if stages > 2:
+                    found.append(Tiling(rows, columns, split, stages, pair))
     return found
+
+
+def output_bytes(m: int, rows: int, columns: int, *, parts: bool, swiglu: bool) -> int:
+    """Shared memory through which a tile of the result leaves: none for float32 parts of tiles that m rows fill."""
+    if parts:
+        return 0 if m % rows == 0 else 4 * rows * columns
+    return 2 * rows * columns // (2 if swiglu else 1)

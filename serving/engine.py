@@ -161,8 +161,7 @@ class Engine:
         result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
         for sampled in tokens:
             seq, token = sampled.seq, sampled.token_id
-            self.scheduler.landed(seq, token)
-            if seq.status is SequenceStatus.FINISHED:
+            if not self.scheduler.landed(seq, token):
                 continue
             result.tokens.append(sampled)
             if token in seq.stop_token_ids:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from paddock.sharding import LayoutText
+if TYPE_CHECKING:
+    from paddock.sharding import LayoutText
 
 # Mesh axes and the fields that are short for them, slowest-varying first.
 _SHORTHANDS = {"data": "data_parallel_size", "pipe": "pipeline_parallel_size", "tensor": "tensor_parallel_size"}
@@ -103,6 +104,8 @@ class EngineConfig:
     @functools.cached_property
     def layout_text(self) -> LayoutText:
         """The layout that all the flags about it ask for. Raises ValueError naming what is wrong."""
+        from paddock.sharding import LayoutText  # not with this module: it imports JAX, and --help shall be instant
+
         sizes = [(axis, getattr(self, name)) for axis, name in _SHORTHANDS.items()]
         shorthand = ",".join(f"{axis}={size}" for axis, size in sizes if size > 1)
         return LayoutText.read(self.mesh or shorthand, self.rules, self.layout)

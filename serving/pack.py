@@ -1,4 +1,4 @@
-"""From a schedule to the array that goes up: what a step needs of its sequences, gathered once, then laid into a bucket."""
+"""From a schedule to the array that goes up: what a step needs, gathered once, then laid into a bucket."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .scheduler import Schedule
 from .sequence import Sequence
 from .step_input import FLAGS, FLOATS, INTS, PackedLayout, needs_full, row_constants
 
+TOKEN_FIELDS = ("token_ids", "token_slot", "token_position", "token_counts")
 CHUNK_FIELDS = ("chunk_slot", "chunk_start", "chunk_length", "chunk_kv_len", "chunk_is_first")
 _SLOT, _POSITION = INTS.index("slot"), INTS.index("position")
 
@@ -55,7 +56,8 @@ class Packer:
             index = int(positions[row]) // size
             updates.append((int(slots[row]), index, seqs[row].pages[index]))
 
-        columns, table, offsets = [], [], {}
+        columns, table = [], []
+        offsets: dict[int, int] = {}
         for chunk in chunks:
             seq, start, stop = chunk.seq, chunk.start, chunk.start + chunk.length
             if chunk.is_first:
@@ -103,6 +105,8 @@ class Packer:
 def _places(partitions: list[int]) -> np.ndarray:
     """(partition, row in its share) of rows that come partition by partition."""
     owner = np.array(partitions, np.int64)
+    if not owner.any():
+        return np.stack([owner, np.arange(len(owner))])
     first = np.searchsorted(owner, owner)
     return np.stack([owner, np.arange(len(owner)) - first])
 
@@ -111,27 +115,24 @@ def lay_out(
     layout: PackedLayout, group: Group, num_partitions: int, packed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write `group` into `packed` [X] in the bucket's layout; returns the rows of its decodes and of its chunks."""
-    packed[:] = 0
-    views, nobody, bucket = layout.views(packed), layout.num_slots, layout.bucket
-    for name in ("decode_slot", "token_slot", "chunk_slot"):
-        views[name][:] = nobody
-    views["page_updates"][:, 0] = nobody
-    views["row_ints"][_SLOT] = nobody
+    packed[:] = layout.empty
+    views, bucket = layout.views(packed), layout.bucket
 
     def rows_of(place: np.ndarray, size: int) -> np.ndarray:
         return place[0] * (size // num_partitions) + place[1]
 
     views["page_updates"][: len(group.page_updates)] = group.page_updates
     decode_rows = rows_of(group.decode_place, bucket.decodes)
-    for name, column in zip(("decode_slot", "decode_position"), group.decodes, strict=True):
-        views[name][decode_rows] = column
-    token_rows = rows_of(group.token_place, bucket.chunk_tokens)
-    for name, column in zip(("token_ids", "token_slot", "token_position", "token_counts"), group.tokens, strict=True):
-        views[name][token_rows] = column
+    views["decode_slot"][decode_rows], views["decode_position"][decode_rows] = group.decodes
     chunk_rows = rows_of(group.chunk_place, bucket.chunks)
-    for name, column in zip(CHUNK_FIELDS, group.chunks, strict=True):
-        views[name][chunk_rows] = column
-    rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[group.samples]])
+    rows = decode_rows
+    if len(chunk_rows):
+        token_rows = rows_of(group.token_place, bucket.chunk_tokens)
+        for name, column in zip(TOKEN_FIELDS, group.tokens, strict=True):
+            views[name][token_rows] = column
+        for name, column in zip(CHUNK_FIELDS, group.chunks, strict=True):
+            views[name][chunk_rows] = column
+        rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[group.samples]])
     views["row_ints"][:, rows] = group.row_ints
     views["row_floats"][:, rows] = group.row_floats
     views["flags"][:] = group.flags

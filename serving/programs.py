@@ -23,6 +23,10 @@ from .step import bind, edit_bias, score_rows, step
 from .step_input import PackedLayout
 from .step_plan import StepOutput, StepPlan, StepState
 
+# From so many rows on XLA's products come from cuBLAS alone. Fewer rows stream weights faster through its Triton
+# kernels (H100, a layer of the 8B shape: 166 against 180 us at 1 row, 175 and 174 at 32, 239 against 229 at 256), each
+# of which takes some seconds to compile; docs/numbers.md.
+CUBLAS_ROWS = 32
 # Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
 SCORE_ROWS = 32
 BIAS_ENTRIES = 512
@@ -64,7 +68,9 @@ class Programs:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step of one bucket, traced from shapes alone."""
         fn = bind(step, self.plan, self.packings[bucket])
-        outputs = StepOutput(Sampled(*[self._everywhere] * len(Sampled._fields)), self._hidden(bucket))
+        sampled: Any = [self._everywhere] * len(Sampled._fields)
+        hidden: Any = self._hidden(bucket)
+        outputs = StepOutput(Sampled(*sampled), hidden)
         jitted = jax.jit(fn, donate_argnums=(1, 2), out_shardings=(*self._kept, outputs))
         with self._precision:
             return jitted.lower(self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket)))
@@ -76,10 +82,20 @@ class Programs:
         }
         jobs |= {"edit_bias": self._lower_bias, "score": self._lower_score, "allocate": self._lower_allocate}
         with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            futures = {pool.submit(lambda job=job: job().compile()): key for key, job in jobs.items()}
+            futures = {pool.submit(self._compile, key, job): key for key, job in jobs.items()}
             done = concurrent.futures.as_completed(futures)
             bar = tqdm(done, total=len(futures), desc="Compiling steps", unit="step", disable=not progress)
             return {futures[future]: future.result() for future in bar}
+
+    def _compile(self, key: Any, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        return lower().compile(self._options(key))
+
+    def _options(self, key: Any) -> dict[str, Any]:
+        """XLA's options for one of the programs."""
+        on_gpu = self.plan.layout.mesh.devices.flat[0].platform == "gpu"
+        if on_gpu and isinstance(key, Bucket) and key.decodes + key.chunk_tokens >= CUBLAS_ROWS:
+            return {"xla_gpu_enable_triton_gemm": False}
+        return {}
 
     @property
     def _precision(self) -> Any:
@@ -119,6 +135,7 @@ class Programs:
             return jitted.lower(self.params, hidden, self._ints(SCORE_ROWS), self._ints(SCORE_ROWS))
 
     def _lower_allocate(self) -> jax.stages.Lowered:
-        shapes = (self.cache, self.state)
-        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        def zeros() -> tuple[KVCache, StepState]:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (self.cache, self.state))
+
         return jax.jit(zeros, out_shardings=self._kept).lower()

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import psutil
 from paddock.checkpoints import GenerationConfig, resolve_model
 from paddock.model import Dims, LlamaConfig, Stages, slot_specs
 from paddock.model.shapes import SHAPES
-from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, mosaic_mode
+from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, check_prefill_mosaic, mosaic_mode
 from paddock.sharding import Layout
 from paddock.sharding.memory import show_bytes
 
@@ -60,8 +61,8 @@ class Resolved:
 
 
 def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) -> Resolved:
-    """For one of the mesh's replicas. Raises ValueError naming the option that cannot be had, and for a layout that needs
-    more memory than there is, if it `must_fit`: what is only described may be larger."""
+    """For one of the mesh's replicas. Raises ValueError naming the option that cannot be had, and for a layout that
+    needs more memory than there is, if it `must_fit`: what is only described may be larger."""
     folder, model, generation = _model(config)
     try:
         default_params = SamplingParams(**generation.sampling_defaults())
@@ -102,14 +103,19 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
     if max_model_len < longest:
         logger.info("max_model_len is %d, what the KV cache holds, instead of the model's %d", max_model_len, longest)
     decode, prefill = config.decode_attention, config.prefill_attention
+    splits_head_dim, kind = layout.num_shards("head_dim") > 1, jnp.dtype(dtype)
+    device = layout.mesh.devices.flat[0]
     if decode == "auto":
-        decode = _fastest_decode(layout.mesh.devices.flat[0], dtype, dims, config.block_size)
+        group = model.num_heads // dims.cache_heads
+        check = lambda: check_mosaic(kind, model.head_dim, config.block_size, group)
+        decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check)
     if prefill == "auto":
-        prefill = "blocked"
-    if layout.num_shards("head_dim") > 1 and not {decode, prefill} <= SPLITTABLE:
+        check = lambda: check_prefill_mosaic(kind, model.head_dim, config.block_size)
+        prefill = "blocked" if splits_head_dim else _fastest("prefill_attention", device, check)
+    if splits_head_dim and not {decode, prefill} <= SPLITTABLE:
         raise ValueError(
-            f"rules: head_dim is split over {'+'.join(layout.rules.head_dim)}, which {decode} decode and {prefill} prefill "
-            f"attention cannot be; {', '.join(sorted(SPLITTABLE))} can"
+            f"rules: head_dim is split over {'+'.join(layout.rules.head_dim)}, which {decode} decode and {prefill} "
+            f"prefill attention cannot be; {', '.join(sorted(SPLITTABLE))} can"
         )
     plan = StepPlan(
         config=model,
@@ -200,15 +206,15 @@ def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num
     return left
 
 
-def _fastest_decode(device: Any, dtype: str, dims: Dims, page_size: int) -> str:
-    """The Mosaic kernel where it can run (8B, H100, 32 sequences: 8.2 against 20.9 ms a token), else `blocked`."""
+def _fastest(option: str, device: Any, check: Callable[[], None]) -> str:
+    """The Mosaic kernel where `check` and the device let it run, else `blocked`; docs/numbers.md has both."""
     if getattr(device, "compute_capability", "") != "9.0":
         return "blocked"
     try:
         mosaic_mode(False)
-        check_mosaic(jnp.dtype(dtype), dims.config.head_dim, page_size, dims.group)
+        check()
     except ValueError as error:
-        logger.info("decode_attention is blocked: %s", error)
+        logger.info("%s is blocked: %s", option, error)
         return "blocked"
     return "mosaic"
 

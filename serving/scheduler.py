@@ -140,13 +140,16 @@ class Scheduler:
             tuple(seq for taken in decodes for seq in taken), tuple(chunk for mine in chunks for chunk in mine)
         )
 
-    def landed(self, seq: Sequence, token: int) -> None:
-        """A sampled token was read; it is kept unless the sequence has ended meanwhile."""
+    def landed(self, seq: Sequence, token: int) -> bool:
+        """A sampled token was read; False: the sequence has ended meanwhile, and the token is nobody's."""
         seq.in_flight -= 1
-        if seq.status is not SequenceStatus.FINISHED:
-            seq.output_token_ids.append(token)
-        if seq.status is not SequenceStatus.RUNNING and not seq.in_flight and seq.slot >= 0:
+        status = seq.status
+        if status is not SequenceStatus.RUNNING and not seq.in_flight and seq.slot >= 0:
             self.partitions[seq.partition].release_slot(seq)
+        if status is SequenceStatus.FINISHED:
+            return False
+        seq.output_token_ids.append(token)
+        return True
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """Release everything `seq` holds, whatever it was doing. Its steps in flight write to pages that only later

@@ -58,7 +58,7 @@ def step(
 
 
 def _pad_chunks(plan: StepPlan, packing: PackedLayout, hidden: jax.Array) -> jax.Array | None:
-    """Chunk rows [..., T, D] with each partition's share at the size of the largest bucket: one shape for `score_rows`."""
+    """Chunk rows [..., T, D] with each partition's share as in the largest bucket: one shape for `score_rows`."""
     if not packing.bucket.chunk_tokens:
         return None
     missing = (plan.max_chunk_tokens - packing.bucket.chunk_tokens) // plan.num_partitions
@@ -97,7 +97,7 @@ def score_rows(
     rows: Int[Array, " N"],
     targets: Int[Array, " N"],
 ) -> Sampled:
-    """Log-probabilities of `targets` after rows of `StepOutput.hidden`: the head in slices of N, for prompt_logprobs."""
+    """Log-probabilities of `targets` after rows of `StepOutput.hidden`: the head by N rows, for prompt_logprobs."""
     hidden = hidden[-1] if plan.stages.count > 1 else hidden
     model = Llama(plan.config, params, plan.layout)
 

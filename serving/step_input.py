@@ -45,7 +45,8 @@ class StepInput(NamedTuple):
     Each of these is made of equal shares, one for each partition of the engine.
     page_updates [U 3]: (slot, index in the page table, page). decode_slot, decode_position [B]. token_ids, token_slot,
     token_position, token_counts [T]: `token_counts` is 1 where a chunk's token was generated rather than prompted.
-    chunk_slot, chunk_start (first row in its partition's share of T), chunk_length, chunk_kv_len, chunk_is_first [C]. flags: see FLAGS.
+    chunk_slot, chunk_start (first row in its partition's share of T), chunk_length, chunk_kv_len, chunk_is_first [C].
+    flags: see FLAGS.
     """
 
     flags: jax.Array
@@ -105,6 +106,17 @@ class PackedLayout:
     @property
     def size(self) -> int:
         return max(part.stop for part in self.slices.values())
+
+    @functools.cached_property
+    def empty(self) -> np.ndarray:
+        """A step of nobody: what `pack.lay_out` writes into."""
+        packed = np.zeros(self.size, np.int32)
+        views = self.views(packed)
+        for name in ("decode_slot", "token_slot", "chunk_slot"):
+            views[name][:] = self.num_slots
+        views["page_updates"][:, 0] = self.num_slots
+        views["row_ints"][INTS.index("slot")] = self.num_slots
+        return packed
 
     def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
         return {name: packed[self.slices[name]].reshape(shape) for name, shape in self.fields.items()}

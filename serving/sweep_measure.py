@@ -15,6 +15,7 @@ import numpy as np
 
 from .build import Built
 from .engine import StepResult
+from .footprint import MAX_CHUNKS
 from .kv_cache import page_bytes
 from .sampling_params import SamplingParams
 from .sequence import Sequence
@@ -39,7 +40,8 @@ class Measured:
 def headroom(case: Case, max_num_batched_tokens: int, num_stages: int) -> int:
     """Tokens that the first sequences may be ahead by when the last of the batch starts: decodes go before prompts."""
     room = max(max_num_batched_tokens - case.batch_size, max_num_batched_tokens // 4, 1)
-    return -(-case.batch_size * case.input_len // room) + 2 * num_stages + 4
+    steps = max(-(-case.batch_size * case.input_len // room), -(-case.batch_size // MAX_CHUNKS))
+    return steps + 2 * num_stages + 4
 
 
 def prompts_of(case: Case, vocab_size: int) -> list[list[int]]:

@@ -24,9 +24,9 @@ class LayoutText:
     def read(cls, mesh: str = "", rules: str = "", layout: str = "") -> LayoutText:
         """`layout` is the name of a preset or a TOML file; `mesh` and `rules` replace, and add to, what it says.
 
-        Such a file holds ``mesh`` and ``rules``, each a string in the flags' spelling or a table (``[mesh]`` with sizes,
-        ``[rules]`` with an axis or a list of axes each), and perhaps ``preset``. Raises ValueError naming the file and
-        the key, or listing the presets.
+        Such a file holds ``mesh`` and ``rules``, each a string in the flags' spelling or a table (``[mesh]`` with
+        sizes, ``[rules]`` with an axis or a list of axes each), and perhaps ``preset``. Raises ValueError naming the
+        file and the key, or listing the presets.
         """
         text = cls()
         if layout in PRESETS:

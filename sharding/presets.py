@@ -62,8 +62,8 @@ def _sequence_parallel() -> str:
 
 @_preset("x")
 def _pope_1d_weight_stationary() -> str:
-    """One-dimensional weight-stationary (Pope et al. 2022, arXiv 2211.05102, section 3.2.1): weights split along mlp and
-    heads over all devices; attention over heads."""
+    """One-dimensional weight-stationary (Pope et al. 2022, arXiv 2211.05102, section 3.2.1): weights split along mlp
+    and heads over all devices; attention over heads."""
     return "q_heads=x,mlp=x,vocab=x"
 
 

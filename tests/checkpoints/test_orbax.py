@@ -57,9 +57,9 @@ def test_a_repeated_and_padded_mesh_writes_what_one_device_writes(config, folder
 
 def test_arrays_to_be_changed_arrive_split_over_all_devices(config):
     layout = Layout.build("tensor=8")
-    embed = _spread((config.vocab_size, config.embed_dim), np.float32, layout)
+    embed = _spread((config.vocab_size, config.embed_dim), np.float32, layout.sharding())
     assert embed.sharding.shard_shape(embed.shape) == (101, 3)
-    odd = _spread((101, 23), np.float32, layout)
+    odd = _spread((101, 23), np.float32, layout.sharding())
     assert odd.sharding.is_fully_replicated
 
 

@@ -19,6 +19,8 @@ class PagedCase:
     page_table: jax.Array  # [B, N]: owned pages in random order, then nonsense
     keys: list[np.ndarray]  # per sequence [S, K, h] float64
     values: list[np.ndarray]
+    k_scale: jax.Array | None = None  # [P, K]: NaN for pages that nobody owns
+    v_scale: jax.Array | None = None
 
 
 def make_case(
@@ -48,6 +50,20 @@ def make_case(
                 pools[kind, mine[position // page_size], :, position % page_size] = token
             dense[kind].append(tokens.astype(np.float64))
     return PagedCase(jnp.asarray(pools[0], dtype), jnp.asarray(pools[1], dtype), jnp.asarray(table), *dense)
+
+
+def quantized_case(lengths: list[int], *, dtype: Any, **shape: Any) -> PagedCase:
+    """`make_case` in int8 (where poison is 127) or float8_e4m3fn, with a scale for every page and kv head."""
+    case = make_case(lengths, **shape)
+
+    def quantized(pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+        largest = jnp.nanmax(jnp.abs(pool), axis=(2, 3))
+        scale = largest / (127 if dtype == jnp.int8 else 448)
+        values = pool / scale[:, :, None, None]
+        return (jnp.nan_to_num(jnp.round(values), nan=127) if dtype == jnp.int8 else values).astype(dtype), scale
+
+    (case.k_pages, case.k_scale), (case.v_pages, case.v_scale) = quantized(case.k_pages), quantized(case.v_pages)
+    return case
 
 
 def random_queries(rows: int, heads: int, head_dim: int, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from paged_cases import dense_decode, make_case, random_queries, relative_error
+from paged_cases import dense_decode, make_case, quantized_case, random_queries, relative_error
 
 from paddock.pallas_kernels.decode_mosaic import decode_mosaic
+from paddock.pallas_kernels.decode_reference import decode_reference
 
 SCALE = 0.125
 
@@ -17,9 +19,10 @@ SCALE = 0.125
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size", "lengths"),
     [
-        (6, 2, 64, 16, [0, 1, 15, 16, 17, 290]),  # pages smaller than a step; more steps than stages
-        (9, 1, 128, 64, [63, 64, 65, 200]),  # a page a step; more query heads than one tile of rows
-        (2, 2, 64, 128, [129, 300]),  # half a page a step; no grouping
+        (6, 2, 64, 16, [0, 1, 15, 16, 17, 290]),  # pages smaller than a tile; shares that end inside sequences
+        (9, 1, 128, 64, [63, 64, 65, 200]),  # a page a tile; more query heads than one swizzled tile has rows
+        (2, 2, 64, 128, [129, 300]),  # half a page a tile; no grouping
+        (17, 1, 64, 64, [320]),  # more parts to merge than are loaded at a time
     ],
 )
 def test_equals_dense_attention_in_a_poisoned_pool(
@@ -33,6 +36,28 @@ def test_equals_dense_attention_in_a_poisoned_pool(
     out = decode_mosaic(q, case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths), scale=SCALE, interpret=True)
     assert out.dtype == jnp.bfloat16
     assert relative_error(out, dense_decode(q, case, lengths, SCALE)) <= 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "page_size"), [(jnp.int8, 64), (jnp.float8_e4m3fn, 32)])
+def test_quantized_pages_equal_the_reference(dtype: Any, page_size: int) -> None:
+    lengths = [0, 33, 97]
+    case = quantized_case(lengths, kv_heads=1, head_dim=64, page_size=page_size, slots=5, dtype=dtype)
+    q = random_queries(len(lengths), 3, 64, jnp.bfloat16)
+    scales = dict(k_scale=case.k_scale, v_scale=case.v_scale)
+    arguments = (case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths))
+    out = decode_mosaic(q, *arguments, scale=SCALE, interpret=True, **scales)
+    wanted = decode_reference(q.astype(jnp.float32), *arguments, scale=SCALE, **scales)
+    assert relative_error(out, np.asarray(wanted, np.float64)) <= 1e-2
+
+
+@pytest.mark.parametrize("attend", [decode_reference, decode_mosaic])
+def test_scales_that_do_not_fit_are_refused(attend: Any) -> None:
+    case = quantized_case([5], kv_heads=2, head_dim=64, page_size=16, slots=1, dtype=jnp.int8)
+    arguments = (random_queries(1, 2, 64, jnp.bfloat16), case.k_pages, case.v_pages, case.page_table, jnp.int32([5]))
+    with pytest.raises(ValueError, match="k_scale goes with pages of 8 bits"):
+        attend(*arguments, scale=SCALE)
+    with pytest.raises(ValueError, match=r"v_scale must be float32\(5, 2\)"):
+        attend(*arguments, scale=SCALE, k_scale=case.k_scale, v_scale=case.v_scale[:1])
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,8 @@ def tiles_in(plan: np.ndarray, lengths: list[int], kv_heads: int) -> list[tuple[
 
 @pytest.mark.parametrize("workers", [1, 7, 264])
 @pytest.mark.parametrize(("lengths", "kv_heads"), [([0, 1, 64, 65, 0, 1000], 2), ([0], 1), ([131072], 8), ([3] * 9, 3)])
-def test_every_tile_is_done_once_in_order_and_shares_are_equal(
-    lengths: list[int], kv_heads: int, workers: int
-) -> None:
-    plan = np.asarray(work_plan(jnp.int32(lengths), kv_heads, workers))
+def test_every_tile_is_done_once_in_order_and_shares_are_equal(lengths: list[int], kv_heads: int, workers: int) -> None:
+    plan = np.asarray(work_plan(jnp.int32(lengths), kv_heads, workers, workers))
     assert plan.shape == (workers + 1, 4)
     assert not plan[-1].any()
     tiles = [max(1, -(-length // TILE_TOKENS)) for length in lengths]  # an empty sequence's output is cleared by a tile

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from engines import TokenComparison
 
 from paddock.checkpoints.load import load
 from paddock.model import LlamaConfig, RopeConfig
@@ -22,8 +23,6 @@ from paddock.serving.programs import Programs
 from paddock.serving.resolve import Resolved, resolve
 from paddock.serving.sampling_params import SamplingParams
 from paddock.serving.scheduler import Scheduler
-
-from engines import TokenComparison
 
 # Three layers, so that two stages do not divide them; two kv heads, fewer than most layouts have shards.
 CONFIG = LlamaConfig(

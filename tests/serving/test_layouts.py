@@ -6,10 +6,9 @@ import contextlib
 
 import numpy as np
 import pytest
+from layout_runs import Run, assert_same, resolve_tiny, run
 
 from paddock.sharding import PRESETS
-
-from layout_runs import Run, assert_same, resolve_tiny, run
 
 LOGICAL = ("batch", "tokens", "embed", "q_heads", "head_dim", "mlp", "vocab", "layers")
 NUM_RANDOM = 32

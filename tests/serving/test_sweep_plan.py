@@ -8,6 +8,7 @@ import pytest
 
 from paddock.serving.cli import build_parser
 from paddock.serving.engine_config import EngineConfig
+from paddock.serving.sweep_measure import headroom
 from paddock.serving.sweep_plan import Case, Sweep, SweepLayout
 
 
@@ -101,3 +102,15 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, message: 
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         sweep_of("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("case", "budget", "stages", "steps"),
+    [
+        (Case(8, 32, 4), 64, 1, 5),  # 56 prompt tokens a step beside 8 decodes
+        (Case(256, 8, 4), 2048, 1, 16),  # at most 16 prompts a step
+        (Case(4, 8, 4), 4, 2, 32),  # decodes may take the whole budget but for a token
+    ],
+)
+def test_the_first_sequences_last_until_all_decode(case: Case, budget: int, stages: int, steps: int):
+    assert steps <= headroom(case, budget, stages) <= steps + 4 + 2 * stages
