@@ -205,7 +205,8 @@ def main() -> None:
     options = parser.parse_args()
 
     shape = options.heads, options.kv_heads, options.head_dim, options.page_size
-    cases = [Case(*map(int, case.split("x")), *shape) for case in options.cases.split(",")]
+    sizes = (tuple(map(int, case.split("x"))) for case in options.cases.split(","))
+    cases = [Case(batch, tokens, *shape) for batch, tokens in sizes]
     device = jax.devices()[0].device_kind
     copy = copy_bandwidth()
     print(f"{device}, JAX {jax.__version__}: copy {copy:,.0f} GB/s (read + write)")

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from .checks import check_append
 from .compat import mosaic_mode
@@ -17,15 +17,15 @@ from .compat import mosaic_mode
 
 @functools.partial(jax.jit, static_argnames=("interpret",))  # traced once, not once a layer
 def append_mosaic(
-    k_pages: Float[Array, "P K p h"],
-    v_pages: Float[Array, "P K p h"],
+    k_pages: Num[Array, "P K p h"],
+    v_pages: Num[Array, "P K p h"],
     k: Float[Array, "T K h"],
     v: Float[Array, "T K h"],
     page: Int[Array, " T"],
     offset: Int[Array, " T"],
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "P K p h"], Float[Array, "P K p h"]]:
+) -> tuple[Num[Array, "P K p h"], Num[Array, "P K p h"]]:
     """`append_reference` with one thread block per token, which copies the token's keys and values of all heads.
 
     In place once the pools are donated, where XLA's two scatters take several times as long. `interpret` runs the

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from .checks import check_append
 
 
 def append_reference(
-    k_pages: Float[Array, "P K p h"],
-    v_pages: Float[Array, "P K p h"],
+    k_pages: Num[Array, "P K p h"],
+    v_pages: Num[Array, "P K p h"],
     k: Float[Array, "T K h"],
     v: Float[Array, "T K h"],
     page: Int[Array, " T"],
     offset: Int[Array, " T"],
-) -> tuple[Float[Array, "P K p h"], Float[Array, "P K p h"]]:
+) -> tuple[Num[Array, "P K p h"], Num[Array, "P K p h"]]:
     """The pools with row t of k and v written at token offset[t] of page[t]; in place where the pools are donated.
 
     Rows are cast to the pools' dtype. Of several rows at one place any may win. Raises ValueError for shapes that do

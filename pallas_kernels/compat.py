@@ -32,7 +32,8 @@ def load(ref: Any, layout: Any) -> Any:
     """The array in `ref`, in registers of that layout."""
     if _PUBLIC_INTERPRETER is None:  # the interpreter of 0.10 knows no layouts
         return ref[...]
-    return plgpu.load(ref, layout=layout, optimized=False)
+    read: Any = plgpu.load  # 0.10 wants one more argument
+    return read(ref, layout=layout, optimized=False)
 
 
 def load_transposed(ref: Any, layout: Any) -> Any:

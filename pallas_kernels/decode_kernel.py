@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .compat import load_transposed, product, store_transposed
-from .decode_merge import COLUMNS, LAYOUT, along_rows, store_output
+from .decode_merge import LAYOUT, along_rows, store_output
 from .decode_plan import TILE_TOKENS, tiles_of, walk
+
+COLUMNS = 64  # of a tile that are in registers at a time
 
 
 def attend(
@@ -44,12 +46,13 @@ def attend(
 
 def _pages_of(gmem: Any, sequence: Any, length: Any, tile: Any) -> list[Any]:
     """The pages of a tile: one, or several that are smaller. One past the end is the tile's first again, and a tile
-    past the end the last: the table says nothing true about what is not there."""
+    past the end the last: the table says nothing true about what is not there. Page 0 where there is nothing at all."""
     page_size = gmem.k.shape[2]
     tile = jnp.minimum(tile, tiles_of(length) - 1)
     tokens = [tile * TILE_TOKENS + first for first in range(0, TILE_TOKENS, min(page_size, TILE_TOKENS))]
     tokens = [jnp.where(token < length, token, tokens[0]) for token in tokens]
-    return [gmem.table[sequence, lax.div(token, page_size)] for token in tokens]
+    pages = [gmem.table[sequence, lax.div(token, page_size)] for token in tokens]
+    return [jnp.where(length > 0, page, 0) for page in pages]
 
 
 def _fetch(gmem: Any, smem: Any) -> None:

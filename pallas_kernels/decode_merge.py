@@ -14,7 +14,7 @@ from .compat import load, store_transposed
 from .decode_plan import tiles_of
 
 LAYOUT = plgpu.Layout.WGMMA
-COLUMNS = 64
+LOADED = 8192  # float32 values on their way at a time: 64 registers of each thread
 
 
 def along_rows(vector: Any, matrix: Any) -> Any:
@@ -34,11 +34,10 @@ def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_r
     """Kernel body: where a worker's share ends inside a (sequence, kv head), merge what everybody found there.
 
     parts_ref [workers, 2, h, rows], lse_ref [workers, 2, rows]: what a worker went on with lies in its slot 0, what it
-    began and left to the next workers in its slot 1. A thread block merges `COLUMNS` of the h columns of out_ref
-    [B, K, G, h].
+    began and left to the next workers in its slot 1. out_ref [B, K, G, h]; out_smem [rows, h or a part of it].
     """
     worker = lax.axis_index("worker")
-    columns = pl.ds(lax.axis_index("columns") * COLUMNS, COLUMNS)
+    columns = pl.ds(lax.axis_index("columns") * out_smem.shape[1], out_smem.shape[1])
     share = plan_ref[worker, 3]
     sequence, head, taken = (plan_ref[worker + 1, i] for i in range(3))
 
@@ -51,7 +50,7 @@ def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_r
             return load(parts_ref.at[(*source, columns)], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
 
         total, peak = part(0)
-        together = max(1, 128 // total.shape[1])  # loads in flight, as far as the registers go
+        together = max(1, LOADED // total.size)
 
         def add(step: Any, carry: Any) -> Any:
             total, peak, mass = carry

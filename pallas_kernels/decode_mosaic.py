@@ -1,4 +1,4 @@
-"""Paged decode attention at the speed of the memory: one Pallas kernel for NVIDIA Hopper (Mosaic GPU)."""
+"""Paged decode attention at the speed of the memory: Pallas kernels for NVIDIA Hopper (Mosaic GPU)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int, Num
 from .checks import check_decode, check_scales
 from .compat import mosaic_mode
 from .decode_kernel import attend
-from .decode_merge import COLUMNS, merge_share
+from .decode_merge import merge_share
 from .decode_plan import TILE_TOKENS, work_plan
 
 RESIDENT = 2 * 132  # thread blocks that run at a time: two on each multiprocessor of an H100 or H200
-MOST_WAVES = 4
+MOST_WAVES = 4  # times as many blocks as run at a time, where there are many (sequence, kv head) pairs
 STAGES = 3  # tiles of K and V in flight for each: 3 * 2 * 16 KiB at head_dim 128
 INTERPRETED_RESIDENT = 5
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -56,12 +56,13 @@ def decode_mosaic(
 ) -> Float[Array, "B H h"]:
     """Decode attention whose thread blocks share all tokens of the batch equally, whatever the lengths.
 
-    Each walks its tiles of 64 tokens: one warpgroup fetches, one computes. Scores, softmax, sums and what blocks hand
-    each other are float32. K is the left side of the products and the query heads the right one, so that a group of 4
-    costs 8 columns, not 64 rows. `interpret` runs the kernel on the CPU, for tests.
-    Raises ValueError where the kernel cannot run: a dtype other than bfloat16 or float16, head_dim other than 64 or
-    128, a page size that neither divides 64 nor is a multiple of it (16 at least), more than 64 query heads a kv head,
-    JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
+    Each walks its tiles of 64 tokens: one warpgroup fetches, one computes; a small second kernel merges what lies
+    across shares. Scores, softmax, sums and the parts to merge are float32. K is the left side of the products and the
+    query heads are the right one, so that a group of 4 costs 8 columns, not 64 rows. Pages of int8 or float8_e4m3fn
+    hold values divided by k_scale and v_scale. `interpret` runs the kernels on the CPU, for tests.
+    Raises ValueError where the kernel cannot run: q of a dtype other than bfloat16 or float16, head_dim other than 64
+    or 128, a page size that neither divides 64 nor is a multiple of it (16 at least), more than 64 query heads a kv
+    head, JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
     The online softmax is FlashAttention's (arXiv 2205.14135), the paging vLLM's (arXiv 2309.06180), merging parts by
     their log-sum-exp Flash-Decoding's (pytorch.org/blog/flash-decoding).
     """
@@ -79,7 +80,8 @@ def decode_mosaic(
     wide = WIDENED[k_pages.dtype] if scales else q.dtype
 
     resident = INTERPRETED_RESIDENT if interpret else RESIDENT
-    workers = resident * min(max(round(batch * kv_heads / resident), 1), MOST_WAVES)
+    waves = min(max(round(batch * kv_heads / resident), 1), MOST_WAVES)
+    workers = waves * resident
     plan = work_plan(kv_len, kv_heads, workers, resident)
     rows = pl.cdiv(group, SMEM_ROWS) * SMEM_ROWS
     copies = pl.cdiv(TILE_TOKENS, page_size)
@@ -118,9 +120,11 @@ def decode_mosaic(
     out_ref = jax.new_ref(out)  # the merge writes what is still missing in place
     refs = [*map(jax.new_ref, (parts, lse, plan, kv_len)), out_ref]
 
-    @pl.core_map(plgpu.Mesh(grid=(workers, head_dim // COLUMNS), grid_names=("worker", "columns")), **settings)
+    columns = 64 if waves == 1 else head_dim  # few sequences may have many parts each: more blocks then merge them
+
+    @pl.core_map(plgpu.Mesh(grid=(workers, head_dim // columns), grid_names=("worker", "columns")), **settings)
     def merge() -> None:
-        pl.run_scoped(functools.partial(merge_share, *refs), plgpu.SMEM((rows, COLUMNS), q.dtype))
+        pl.run_scoped(functools.partial(merge_share, *refs), plgpu.SMEM((rows, columns), q.dtype))
 
     return jax.freeze(out_ref).reshape(batch, heads, head_dim)
 

@@ -45,9 +45,7 @@ def dequantized(pages: Num[Array, "P K p h"], scale: Float[Array, "P K"] | None)
     return pages if scale is None else pages.astype(jnp.float32) * scale[:, :, None, None]
 
 
-def gather_tokens(
-    pages: Num[Array, "P K p h"], page_table: Int[Array, "B N"], alive: Array
-) -> Float[Array, "B S K h"]:
+def gather_tokens(pages: Num[Array, "P K p h"], page_table: Int[Array, "B N"], alive: Array) -> Float[Array, "B S K h"]:
     """The tokens of each row in order, as float32, S = N*p; zeros where `alive` [B, S] is false."""
     rows, slots = page_table.shape
     _, kv_heads, page_size, head_dim = pages.shape

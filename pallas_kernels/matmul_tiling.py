@@ -10,10 +10,10 @@ ROWS = 64  # a warpgroup's
 COLUMNS = (64, 128, 192, 256)
 SPLITS = (1, 2, 4, 8)
 MAX_ROWS = 256
-SMEM = 231_000  # bytes that a thread block may use, less its barriers
+SMEM = 231_000  # bytes that a thread block may use, less its barriers and their alignment
 # Measured on an H100, in microseconds: bytes of HBM, of HBM through one multiprocessor, of L2 into one
 # multiprocessor; float operations of one multiprocessor; bytes of parts written and read again.
-HBM, HBM_EACH, INGEST, FLOPS, WRITE, READ = 3.08e6, 3.0e4, 1.2e5, 5.6e6, 1.6e6, 6.0e6
+HBM, HBM_EACH, INGEST, FLOPS, WRITE, READ = 3.08e6, 4.5e4, 1.2e5, 5.6e6, 1.6e6, 6.0e6
 # From a load's start to its data; beginning and ending a tile; a kernel more.
 LATENCY, TILE, KERNEL = 1.05, 3.0, 1.0
 
@@ -96,7 +96,7 @@ def _tilings(m: int, swiglu: bool) -> list[Tiling]:
 
 
 def output_bytes(m: int, rows: int, columns: int, *, parts: bool, swiglu: bool) -> int:
-    """Shared memory through which a tile of the result leaves: none for float32 parts of tiles that m rows fill."""
+    """Shared memory through which a tile of the result leaves; next to none for float32 parts of whole warpgroups."""
     if parts:
-        return 0 if m % rows == 0 else 4 * rows * columns
+        return 4 * rows * (columns if m % ROWS and rows == ROWS else 4)
     return 2 * rows * columns // (2 if swiglu else 1)

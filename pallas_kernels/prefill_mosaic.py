@@ -33,7 +33,7 @@ def check_prefill_mosaic(dtype: Any, head_dim: int, page_size: int) -> None:
         raise ValueError(f"prefill_mosaic needs a page size of 16, 32 or a multiple of 64: got {page_size}")
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "interpret", "pair"))  # traced once, not once a layer
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))  # traced once, not once a layer
 def prefill_mosaic(
     q: Float[Array, "T H h"],
     k_pages: Float[Array, "P K p h"],
@@ -45,7 +45,6 @@ def prefill_mosaic(
     *,
     scale: float,
     interpret: bool = False,
-    pair: bool | None = None,
 ) -> Float[Array, "T H h"]:
     """As `prefill_reference`: one grid for every mix of chunks, no gather of the cache, no padding to the longest.
 
@@ -66,8 +65,7 @@ def prefill_mosaic(
     kv_heads, page_size = k_pages.shape[1:3]
     check_prefill_mosaic(q.dtype, head_dim, page_size)
     mode = mosaic_mode(interpret)
-    if pair is None:
-        pair = heads // kv_heads % 2 == 0
+    pair = heads // kv_heads % 2 == 0
     items, counts = work_items(q_start, q_len, kv_len, rows, ROWS if pair else 2 * ROWS)
 
     stages = BUFFER_BYTES // (2 * BLOCK * head_dim * q.dtype.itemsize)

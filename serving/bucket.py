@@ -59,10 +59,12 @@ class BucketTable:
     ) -> BucketTable:
         """`max_decodes` and `max_num_batched_tokens` must be multiples of `multiple`."""
         decodes, tokens = max_decodes // multiple, max_num_batched_tokens // multiple
+        # A GPU's step takes as long for 64 tokens as for 256, the time of reading the weights.
+        fewest = min(-(-(64 if on_cpu else 256) // multiple), tokens)
         # Branches are cheap on CPU: one variant with all of them in it.
         return cls(
             decodes=tuple(n * multiple for n in sorted({*_ladder(1, decodes, 2), max(1, decodes * 3 // 4)})),
-            chunk_tokens=tuple(n * multiple for n in _ladder(min(-(-64 // multiple), tokens), tokens, 8)),
+            chunk_tokens=tuple(n * multiple for n in _ladder(fewest, tokens, 4)),
             max_chunks=max(1, max_chunks // num_partitions) * num_partitions,
             variants=(True,) if on_cpu else (False, True),
             num_partitions=num_partitions,

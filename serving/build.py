@@ -70,6 +70,7 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
         max_num_batched_tokens=resolved.plan.max_chunk_tokens,
         max_chunks=resolved.buckets.max_chunks,
         num_stages=resolved.plan.stages.count,
+        chunk_sizes=resolved.buckets.chunk_tokens,
     )
     limits = Limits(
         vocab_size=resolved.model.vocab_size,

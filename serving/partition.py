@@ -15,13 +15,14 @@ from .sequence import Sequence, SequenceStatus
 class Partition:
     """Slots `first_slot` .. `first_slot + num_slots - 1` and a pool of pages.
 
-    `running` holds every admitted sequence and `decoding` those whose newest token lies on the device, both in order of
-    arrival, that is of seq_id.
+    `running` holds every admitted sequence; of these `prefilling` have tokens left that the host knows, and `decoding`
+    have their newest token on the device and may sample more. All in order of arrival, that is of seq_id.
     """
 
     def __init__(self, index: int, pool: PagePool, num_slots: int):
         self.index, self.pool, self.num_slots = index, pool, num_slots
         self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.free_slots = self._all_slots()
 
@@ -37,16 +38,21 @@ class Partition:
         seq.pages = self.pool.take(self.pool.pages_for(seq.num_tokens))
         seq.status = SequenceStatus.RUNNING
         _insert(self.running, seq)
+        _insert(self.prefilling, seq)
 
     def start_decoding(self, seq: Sequence) -> None:
-        _insert(self.decoding, seq)
+        """Its last known token is in the step; it samples on unless that was all it may."""
+        self.prefilling.remove(seq)
+        if not seq.is_complete:
+            _insert(self.decoding, seq)
 
     def release(self, seq: Sequence) -> None:
         """Take pages back now, and the slot once nothing of the sequence is in flight: a step on its way still samples
         by the slot's state."""
         self.running.remove(seq)
-        if seq in self.decoding:
-            self.decoding.remove(seq)
+        for some in (self.prefilling, self.decoding):
+            if seq in some:
+                some.remove(seq)
         self.pool.free(reversed(seq.pages))
         seq.pages = []
         if not seq.in_flight:

@@ -11,8 +11,10 @@ from .page_pool import PagePool
 from .partition import Partition
 from .sequence import Sequence, SequenceStatus
 
-# Fewest tokens of prompts in a tick of the pipeline, while there are so many: smaller products waste a GPU.
-MIN_MICRO_BATCH = 256
+# Up to so many tokens a GPU's step waits for the weights, not for its products: prompts are not cut any smaller to fit.
+WEIGHT_BOUND = 256
+# Prompts that fill so much of a bucket run in it; fewer tokens fill the next smaller one, and the rest waits a step.
+WELL_FILLED = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Scheduler:
     With `num_stages` pipeline stages a schedule is one tick: its sequences come out `num_stages` ticks later, and only
     then may be scheduled again. Taking at most an equal share of the decoding sequences each tick keeps `num_stages`
     groups of the same size in flight, and prompts are cut so that there is a chunk for every stage.
+
+    `chunk_sizes` are the numbers of prompt tokens that steps are compiled for, ascending. Prompts are cut to them rather
+    than padded: 600 tokens in a step compiled for 4,096 would take as long as 4,096.
     """
 
     def __init__(
@@ -73,12 +78,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_chunks: int,
         num_stages: int = 1,
+        chunk_sizes: Many[int] = (),
     ):
         count = len(pools)
         self.partitions = [Partition(i, pool, max_num_seqs // count) for i, pool in enumerate(pools)]
         self.max_num_batched_tokens = max_num_batched_tokens // count
         self.max_chunks = max(1, max_chunks // count)
         self.num_stages = num_stages
+        self.chunk_sizes = [size // count for size in chunk_sizes]
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
         self._tick = 0
@@ -108,14 +115,16 @@ class Scheduler:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
         self._tick += 1
         decodes = [self._decode(part) for part in self.partitions]
-        budgets = [self.max_num_batched_tokens - len(taken) for taken in decodes]
-        if self.num_stages > 1:
-            budgets = self._micro_batches(budgets)
+        pending = self._pending()
+        budgets = [
+            self._chunk_budget(left, self.max_num_batched_tokens - len(taken))
+            for left, taken in zip(pending, decodes, strict=True)
+        ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
         chunks: list[list[Chunk]] = [[] for _ in self.partitions]
         for part, mine in zip(self.partitions, chunks, strict=True):
-            for seq in part.running:
-                if not seq.has_sampled and budgets[part.index] and len(mine) < self.max_chunks:
+            for seq in part.prefilling:
+                if budgets[part.index] and len(mine) < self.max_chunks:
                     budgets[part.index] -= self._append_chunk(mine, seq, budgets[part.index])
         while self.waiting:
             seq = self.waiting[0]
@@ -133,9 +142,8 @@ class Scheduler:
             seq.num_computed += chunk.length
             if chunk.samples:
                 seq.in_flight += 1
-                seq.has_sampled, seq.ready_tick = True, self._tick + self.num_stages
-                if not seq.is_complete:
-                    self.partitions[seq.partition].start_decoding(seq)
+                seq.ready_tick = self._tick + self.num_stages
+                self.partitions[seq.partition].start_decoding(seq)
         return Schedule(
             tuple(seq for taken in decodes for seq in taken), tuple(chunk for mine in chunks for chunk in mine)
         )
@@ -201,17 +209,24 @@ class Scheduler:
             decoding.remove(seq)
         return taken
 
-    def _micro_batches(self, budgets: list[int]) -> list[int]:
-        """Budgets for prompts such that what waits fills every stage of the pipeline."""
-        running = [sum(s.num_tokens - s.num_computed for s in p.running if not s.has_sampled) for p in self.partitions]
+    def _pending(self) -> list[int]:
+        """Prompt tokens that each partition could take now: what runs, and an equal share of what waits."""
+        running = [sum(seq.num_tokens - seq.num_computed for seq in part.prefilling) for part in self.partitions]
         waiting, most = 0, self.num_stages * self.max_num_batched_tokens * len(self.partitions)
         for seq in self.waiting:
             waiting += seq.num_tokens
             if waiting >= most:
                 break
-        share = -(-waiting // len(self.partitions))
-        fair = [max(-(-(left + share) // self.num_stages), MIN_MICRO_BATCH) for left in running]
-        return [min(budget, limit) for budget, limit in zip(budgets, fair, strict=True)]
+        return [left + -(-waiting // len(self.partitions)) for left in running]
+
+    def _chunk_budget(self, pending: int, budget: int) -> int:
+        """Prompt tokens to take in this step, of `pending` ones and at most `budget`."""
+        if self.num_stages > 1:  # what waits fills every stage
+            budget = min(budget, max(-(-pending // self.num_stages), WEIGHT_BOUND))
+        wanted = min(pending, budget)
+        smaller = max((size for size in self.chunk_sizes if size <= wanted), default=0)
+        larger = min((size for size in self.chunk_sizes if size > wanted), default=0)
+        return smaller if smaller and larger > WEIGHT_BOUND and wanted < WELL_FILLED * larger else budget
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:
         left = seq.num_tokens - seq.num_computed
@@ -232,7 +247,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.partitions[seq.partition].release(seq)
         seq.status = SequenceStatus.WAITING
-        seq.num_computed, seq.has_sampled = 0, False
+        seq.num_computed = 0
         self.num_preemptions += 1
         # Victims are the latest to run, yet earlier than everything that waits: the queue stays in order of arrival.
         index = next((i for i, other in enumerate(self.waiting) if other.seq_id > seq.seq_id), len(self.waiting))

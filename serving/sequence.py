@@ -37,8 +37,6 @@ class Sequence:
     # Which of the engine's partitions holds its slot and pages, and the first tick at which its next token may run.
     partition: int = 0
     ready_tick: int = 0
-    # The newest token was sampled in the slot held now: only it is left to compute, and the device knows it.
-    has_sampled: bool = False
     finish_reason: str | None = None
     stop_reason: int | None = None
     # Prompt positions whose log-probabilities were already handed out; survives preemption.

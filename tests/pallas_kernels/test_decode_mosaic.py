@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from paged_cases import dense_decode, make_case, quantized_case, random_queries, relative_error
 
+from paddock.pallas_kernels.checks import check_scales
 from paddock.pallas_kernels.decode_mosaic import decode_mosaic
 from paddock.pallas_kernels.decode_reference import decode_reference
 
@@ -51,13 +52,21 @@ def test_quantized_pages_equal_the_reference(dtype: Any, page_size: int) -> None
 
 
 @pytest.mark.parametrize("attend", [decode_reference, decode_mosaic])
-def test_scales_that_do_not_fit_are_refused(attend: Any) -> None:
-    case = quantized_case([5], kv_heads=2, head_dim=64, page_size=16, slots=1, dtype=jnp.int8)
-    arguments = (random_queries(1, 2, 64, jnp.bfloat16), case.k_pages, case.v_pages, case.page_table, jnp.int32([5]))
+def test_quantized_pages_without_scales_are_refused(attend: Any) -> None:
+    pages = jnp.zeros((3, 2, 16, 64), jnp.int8)
+    arguments = (jnp.zeros((1, 4, 64), jnp.bfloat16), pages, pages, jnp.zeros((1, 2), jnp.int32), jnp.int32([5]))
     with pytest.raises(ValueError, match="k_scale goes with pages of 8 bits"):
         attend(*arguments, scale=SCALE)
-    with pytest.raises(ValueError, match=r"v_scale must be float32\(5, 2\)"):
-        attend(*arguments, scale=SCALE, k_scale=case.k_scale, v_scale=case.v_scale[:1])
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    pages, scale = jnp.zeros((3, 2, 16, 64), jnp.int8), jnp.ones((3, 2))
+    with pytest.raises(ValueError, match=r"v_scale must be float32\(3, 2\): got float32\(1, 2\)"):
+        check_scales(pages, scale, scale[:1])
+    with pytest.raises(
+        ValueError, match="8 bits, and only with them: got pages of bfloat16"
+    ):
+        check_scales(pages.astype(jnp.bfloat16), scale, None)
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,16 @@ def test_new_sequences_go_where_most_pages_are_free() -> None:
     where = {c.seq.seq_id: (c.seq.partition, c.seq.slot // 2) for c in schedule.chunks}
     assert where == {0: (0, 0), 1: (1, 1), 2: (1, 1), 3: (0, 0)}, "the fourth finds no slot where most pages are"
     assert [c.seq.seq_id for c in schedule.chunks] == [0, 3, 1, 2], "partition by partition"
+
+
+def test_prompts_are_cut_to_what_steps_are_compiled_for() -> None:
+    pools = [PagePool(400, 16)]
+    scheduler = Scheduler(pools, max_num_seqs=4, max_num_batched_tokens=1024, max_chunks=4, chunk_sizes=(64, 256, 1024))
+    scheduler.add(sequence(0, 700))
+    assert [scheduler.schedule().num_chunk_tokens for _ in range(4)] == [256, 256, 188, 0]
+    scheduler.add(sequence(1, 800))
+    scheduler.add(sequence(2, 90))
+    schedule = scheduler.schedule()
+    assert [(c.seq.seq_id, c.length) for c in schedule.chunks] == [(1, 800), (2, 90)], "890 are nearly 1,024"
+    scheduler.add(sequence(3, 100))
+    assert scheduler.schedule().num_chunk_tokens == 100, "as quick as 64"

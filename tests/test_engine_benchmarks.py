@@ -1,0 +1,72 @@
+"""The benchmarks of engine and products, on small models: they run on any machine, and say what they measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = ["--model", "", "--load-format", "auto", "--max-model-len", "128", "--max-num-seqs", "2", "--reps", "1"]
+TOKENS = ["--max-num-batched-tokens", "32"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a benchmark's `main` and gives the JSON of its last line."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
+    def run_one(name: str, *flags: str) -> dict[str, Any]:
+        importlib.import_module(name).main([*SMALL, *TOKENS, *flags])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run_one
+
+
+def test_step(run: Any) -> None:
+    result = run("step", "--batch-sizes", "1", "2", "--input-len", "8", "--output-len", "6")
+    assert result["benchmark"] == "step"
+    assert "cpu" in result["device"]
+    assert [row["B"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert row["step_ms"] > 0
+        assert row["decode_tok_s"] == pytest.approx(row["B"] / row["step_ms"] * 1e3)
+        assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"])
+
+
+def test_throughput(run: Any) -> None:
+    result = run("throughput", "--num-prompts", "3", "--input-len", "4:9", "--output-len", "5")
+    (row,) = result["rows"]
+    assert (row["requests"], row["output_tokens"]) == (3, 15)
+    assert row["output_tok_s"] == pytest.approx(15 / row["seconds"])
+
+
+def test_prefill(run: Any) -> None:
+    result = run("prefill", "--input-len", "8", "48")
+    assert [row["prompt"] for row in result["rows"]] == [8, 48]
+    assert result["rows"][1]["floor_ms"] > result["rows"][0]["floor_ms"] > 0
+
+
+def test_host(run: Any) -> None:
+    (row,) = run("host", "--batch-sizes", "2", "--input-len", "4", "--output-len", "40")["rows"]
+    assert row["idle"] is None  # no GPU in the profile
+    assert 0 < row["host_us"] <= 1.1e3 * row["step_ms"]
+
+
+def test_matmul(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    matmul = importlib.import_module("matmul")
+    monkeypatch.setattr(matmul, "COLD_BYTES", 1)
+    flags = ["--implementations", "reference", "--products", "qkv", "gate_up", "--rows", "2", "--repetitions", "1"]
+    matmul.main(["--model", "smollm2-135m", *flags])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["product"] for row in rows] == ["qkv", "gate_up"]
+    for row, size in zip(rows, (576 * 960 * 2, 576 * 3072 * 2), strict=True):
+        assert row["xla_gb_s"] == pytest.approx(size / row["xla_us"] / 1e3)
+
+
+def test_idle_time_is_what_no_kernel_covers(run: Any) -> None:
+    covered = importlib.import_module("host").covered
+    assert covered([(0, 2), (1, 3), (5, 6), (8, 20)], 1, 10) == 2 + 1 + 2
+    assert covered([], 0, 1) == 0
