@@ -20,7 +20,7 @@ from .decode_plan import TILE_TOKENS, work_plan
 RESIDENT = 2 * 132  # thread blocks that run at a time: two on each multiprocessor of an H100 or H200
 MOST_WAVES = 4  # times as many blocks as run at a time, where there are many (sequence, kv head) pairs
 STAGES = 3  # tiles of K and V in flight for each: 3 * 2 * 16 KiB at head_dim 128
-INTERPRETED_RESIDENT = 5
+INTERPRETED_RESIDENT = 3
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 64

@@ -17,7 +17,7 @@ import psutil
 from paddock.checkpoints import GenerationConfig, resolve_model
 from paddock.model import Dims, LlamaConfig, Stages, slot_specs
 from paddock.model.shapes import SHAPES
-from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, check_prefill_mosaic, mosaic_mode
+from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, mosaic_mode
 from paddock.sharding import Layout
 from paddock.sharding.memory import show_bytes
 
@@ -110,8 +110,7 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         check = lambda: check_mosaic(kind, model.head_dim, config.block_size, group)
         decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check)
     if prefill == "auto":
-        check = lambda: check_prefill_mosaic(kind, model.head_dim, config.block_size)
-        prefill = "blocked" if splits_head_dim else _fastest("prefill_attention", device, check)
+        prefill = "blocked"
     if splits_head_dim and not {decode, prefill} <= SPLITTABLE:
         raise ValueError(
             f"rules: head_dim is split over {'+'.join(layout.rules.head_dim)}, which {decode} decode and {prefill} "

@@ -66,8 +66,8 @@ class Scheduler:
     then may be scheduled again. Taking at most an equal share of the decoding sequences each tick keeps `num_stages`
     groups of the same size in flight, and prompts are cut so that there is a chunk for every stage.
 
-    `chunk_sizes` are the numbers of prompt tokens that steps are compiled for, ascending. Prompts are cut to them rather
-    than padded: 600 tokens in a step compiled for 4,096 would take as long as 4,096.
+    `chunk_sizes` are the numbers of prompt tokens that steps are compiled for, ascending. Prompts are cut to them
+    rather than padded: 600 tokens in a step compiled for 4,096 would take as long as 4,096.
     """
 
     def __init__(

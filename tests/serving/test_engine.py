@@ -69,6 +69,21 @@ def some_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
     )
 
 
+def test_no_step_takes_the_slow_way_through_jax(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of an executable goes through Python; the C++ path knows every later one by its arguments."""
+    prompts = prompts_of([5, 20, 9, 33], llm.engine.vocab_size)
+    llm.generate(prompts, greedy(12), use_tqdm=False)
+    slow = []
+    call = jax.stages.Compiled.call
+    monkeypatch.setattr(jax.stages.Compiled, "call", staticmethod(lambda *a, **k: slow.append(1) or call(*a, **k)))
+    llm.generate(prompts, greedy(12), use_tqdm=False)
+    assert not slow
+    executor = llm.engine.replicas[0].executor
+    executor.compiled["allocate"]._call = None  # as if it had never been called
+    executor.reset()
+    assert slow == [1], "and the test sees a slow call when there is one"
+
+
 def test_a_thousand_steps_of_mixed_traffic_compile_nothing_and_leak_nothing(llm: LLM) -> None:
     """500 requests of every kind with random aborts."""
     compiled: list[str] = []
