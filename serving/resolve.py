@@ -72,7 +72,7 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
     layout = Layout.build(text.mesh_config(jax.device_count()), text.rules, replica=replica)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else model.dtype)
-    stages, partitions = Stages.of(model, layout), layout.num_shards("batch")
+    partitions = layout.num_shards("batch")
     multiple = math.lcm(partitions, layout.num_shards("tokens"))
     budget, max_num_seqs = _step_size(config, on_cpu, multiple)
     for spec in slot_specs(model, layout, dtype).values():
@@ -102,12 +102,58 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
     max_model_len = min(longest, holds)
     if max_model_len < longest:
         logger.info("max_model_len is %d, what the KV cache holds, instead of the model's %d", max_model_len, longest)
-    decode, prefill = config.decode_attention, config.prefill_attention
-    splits_head_dim, kind = layout.num_shards("head_dim") > 1, jnp.dtype(dtype)
+    plan, buckets = plan_steps(
+        model,
+        layout,
+        dtype=dtype,
+        page_size=config.block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+        num_logprobs=min(config.max_logprobs, model.vocab_size),
+        decode_attention=config.decode_attention,
+        prefill_attention=config.prefill_attention,
+    )
+    logger.info(
+        "%s on %s, %s, %s decode; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, %d tokens a step",
+        config.model or "the bundled model",
+        dict(layout.mesh.shape),
+        dtype,
+        plan.decode_attention,
+        num_pages,
+        config.block_size,
+        num_pages * per_page / GIB,
+        max_num_seqs,
+        max_model_len,
+        budget,
+    )
+    return Resolved(folder, model, generation, default_params, dtype, plan, buckets, num_pages, max_model_len)
+
+
+def plan_steps(
+    model: LlamaConfig,
+    layout: Layout,
+    *,
+    dtype: str,
+    page_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    num_logprobs: int = 0,
+    decode_attention: str = "auto",
+    prefill_attention: str = "auto",
+) -> tuple[StepPlan, BucketTable]:
+    """What steps have in common, and the shapes they come in. The layout's devices need not be there: described ones do
+    (`jax.experimental.topologies`). Raises ValueError naming an attention that cannot be had."""
     device = layout.mesh.devices.flat[0]
+    on_cpu, partitions = device.platform == "cpu", layout.num_shards("batch")
+    dims, stages = Dims.of(model, layout), Stages.of(model, layout)
+    multiple = math.lcm(partitions, layout.num_shards("tokens"))
+    decode, prefill = decode_attention, prefill_attention
+    splits_head_dim, kind = layout.num_shards("head_dim") > 1, jnp.dtype(dtype)
     if decode == "auto":
         group = model.num_heads // dims.cache_heads
-        check = lambda: check_mosaic(kind, model.head_dim, config.block_size, group)
+        check = lambda: check_mosaic(kind, model.head_dim, page_size, group)
         decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check)
     if prefill == "auto":
         prefill = "blocked"
@@ -120,38 +166,25 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         config=model,
         layout=layout,
         dtype=dtype,
-        page_size=config.block_size,
+        page_size=page_size,
         num_slots=max_num_seqs,
         max_decodes=-(-max_num_seqs // (stages.count * multiple)) * multiple,
-        pages_per_seq=-(-max_model_len // config.block_size),
-        max_chunk_tokens=budget,
-        num_logprobs=min(config.max_logprobs, model.vocab_size),
+        pages_per_seq=-(-max_model_len // page_size),
+        max_chunk_tokens=max_num_batched_tokens,
+        num_logprobs=num_logprobs,
         decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
         prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
         branches=on_cpu,
     )
     buckets = BucketTable.of(
         max_decodes=plan.max_decodes,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_chunks=min(MAX_CHUNKS, max_num_seqs),
         on_cpu=on_cpu,
         multiple=multiple,
         num_partitions=partitions,
     )
-    logger.info(
-        "%s on %s, %s, %s decode; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, %d tokens a step",
-        config.model or "the bundled model",
-        dict(layout.mesh.shape),
-        dtype,
-        decode,
-        num_pages,
-        config.block_size,
-        num_pages * per_page / GIB,
-        max_num_seqs,
-        max_model_len,
-        budget,
-    )
-    return Resolved(folder, model, generation, default_params, dtype, plan, buckets, num_pages, max_model_len)
+    return plan, buckets
 
 
 def _model(config: EngineConfig) -> tuple[Path | None, LlamaConfig, GenerationConfig]:

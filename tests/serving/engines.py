@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from http_client import wait_until
 
 from paddock.serving import LLM, RequestOutput, SamplingParams
+from paddock.serving.engine import Engine
 
 NEAR_TIE = 1e-4
 
@@ -72,3 +75,19 @@ def assert_same_tokens(got: Sequence[RequestOutput], want: Sequence[RequestOutpu
     for one, other in zip(got, want, strict=True):
         comparison.add(tokens_of(one), tokens_of(other), margins_of(other))
     comparison.check()
+
+
+def assert_nothing_leaked(llm: LLM) -> None:
+    """All requests are over, but a step of one that stopped may still be on its way: its slot comes back with it."""
+    for replica in llm.engine.replicas:
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda engine=replica.engine: engine.is_idle and _is_whole(engine))
+        replica.engine.scheduler.check_idle()
+
+
+def _is_whole(engine: Engine) -> bool:
+    try:
+        engine.scheduler.check_idle()
+    except RuntimeError:
+        return False
+    return True

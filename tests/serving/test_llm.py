@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engines import assert_nothing_leaked
 
 from paddock.serving import LLM, SamplingParams
 
@@ -62,7 +63,7 @@ def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
     stream.close()
     llm.generate("x", GREEDY, use_tqdm=False)
     assert llm.engine.load() == {"running": 0, "waiting": 0}
-    llm.engine.replicas[0].engine.scheduler.check_idle()
+    assert_nothing_leaked(llm)
 
 
 def test_stop_strings_cut_the_text_and_end_the_request(llm: LLM) -> None:
