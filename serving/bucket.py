@@ -38,6 +38,7 @@ class BucketTable:
     Decoding alone has rows of many sizes, powers of two and three quarters of the largest; beside chunks there are none
     or the most there can be, because a chunk's products dwarf those of padded rows. All sizes are multiples of
     `num_partitions`, each of which has an equal share of the rows, and of what else the layout splits rows into.
+    `single`: only the largest, with all of the sampler, so that every step runs the same program.
     """
 
     decodes: tuple[int, ...]
@@ -45,6 +46,7 @@ class BucketTable:
     max_chunks: int
     variants: tuple[bool, ...]
     num_partitions: int = 1
+    single: bool = False
 
     @classmethod
     def of(
@@ -56,6 +58,7 @@ class BucketTable:
         on_cpu: bool,
         multiple: int = 1,
         num_partitions: int = 1,
+        single: bool = False,
     ) -> BucketTable:
         """`max_decodes` and `max_num_batched_tokens` must be multiples of `multiple`."""
         decodes, tokens = max_decodes // multiple, max_num_batched_tokens // multiple
@@ -68,16 +71,21 @@ class BucketTable:
             max_chunks=max(1, max_chunks // num_partitions) * num_partitions,
             variants=(True,) if on_cpu else (False, True),
             num_partitions=num_partitions,
+            single=single,
         )
 
     def all(self) -> list[Bucket]:
         """Every bucket, largest first: the longest compiles start first."""
+        if self.single:
+            return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, True)]
         shapes = [(decodes, 0, 0) for decodes in self.decodes]
         shapes += [(decodes, t, self.max_chunks) for decodes in (0, self.decodes[-1]) for t in self.chunk_tokens]
         return sorted((Bucket(*shape, full) for shape in shapes for full in self.variants), reverse=True)
 
     def choose(self, schedules: Iterable[Schedule], *, full: bool) -> Bucket:
         """The smallest bucket that holds each of `schedules`, which are all in the pipeline at once."""
+        if self.single:
+            return self.all()[0]
         full = full or False not in self.variants
         decodes = tokens = 0
         for schedule in schedules:

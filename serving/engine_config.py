@@ -66,6 +66,10 @@ class EngineConfig:
     process_id: int | None = option(None, "which of them this is; 0 serves, the others follow")
     broadcast_port: int | None = option(None, "port of process 0 for the others; auto: the coordinator's + 1")
     heartbeat_timeout_seconds: int = option(10, "silence after which a process counts as dead, which ends the others")
+    deterministic: bool = option(
+        False,
+        "tokens and logprobs bitwise the same alone and in any batch: each step runs the largest program",
+    )
     compile_cache_dir: str | None = option(None, "folder of compiled programs; auto: ~/.cache/paddock/compiled")
 
     def __post_init__(self) -> None:

@@ -66,6 +66,8 @@ class PagedAttention:
         flat, scale = q.reshape(q.shape[0], -1, q.shape[-1]), self.plan.config.head_dim**-0.5
         num_decodes = decodes[1].shape[0]
         parts = []
+        if self.plan.deterministic and num_decodes:
+            return self._all_as_chunks(flat, k_pool, v_pool, decodes, chunks).reshape(q.shape), k_pool, v_pool
         if num_decodes:
             decode = DECODE_ATTENTION[self.plan.decode_attention]
             parts.append(decode(flat[:num_decodes], k_pool, v_pool, *decodes, scale=scale))
@@ -74,6 +76,18 @@ class PagedAttention:
             parts.append(prefill(flat[num_decodes:], k_pool, v_pool, *chunks, scale=scale))
         out = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
         return out.reshape(q.shape), k_pool, v_pool
+
+    def _all_as_chunks(
+        self, q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, decodes: tuple, chunks: tuple
+    ) -> jax.Array:
+        """Decoding rows as chunks of one token, so that a token's attention is the same in either way."""
+        table, kv_len = decodes
+        num_decodes = kv_len.shape[0]
+        ones = (table, jnp.arange(num_decodes, dtype=jnp.int32), jnp.minimum(kv_len, 1), kv_len)
+        chunks = (chunks[0], chunks[1] + num_decodes, *chunks[2:])
+        both = [jnp.concatenate(pair) for pair in zip(ones, chunks, strict=True)]
+        prefill = PREFILL_ATTENTION[self.plan.prefill_attention]
+        return prefill(q, k_pool, v_pool, *both, scale=self.plan.config.head_dim**-0.5)
 
 
 def join_rows(decodes: Array, tokens: Array, num_partitions: int) -> Array:

@@ -87,6 +87,10 @@ class Programs:
             bar = tqdm(done, total=len(futures), desc="Compiling steps", unit="step", disable=not progress)
             return {futures[future]: future.result() for future in bar}
 
+    def compile_step(self, bucket: Bucket) -> jax.stages.Compiled:
+        """The step of one bucket alone."""
+        return self._compile(bucket, functools.partial(self.lower, bucket))
+
     def _compile(self, key: Any, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         return lower().compile(self._options(key))
 

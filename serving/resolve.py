@@ -113,6 +113,7 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         num_logprobs=min(config.max_logprobs, model.vocab_size),
         decode_attention=config.decode_attention,
         prefill_attention=config.prefill_attention,
+        deterministic=config.deterministic,
     )
     logger.info(
         "%s on %s, %s, %s decode; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, %d tokens a step",
@@ -142,13 +143,15 @@ def plan_steps(
     num_logprobs: int = 0,
     decode_attention: str = "auto",
     prefill_attention: str = "auto",
+    deterministic: bool = False,
 ) -> tuple[StepPlan, BucketTable]:
     """What steps have in common, and the shapes they come in. The layout's devices need not be there: described ones do
-    (`jax.experimental.topologies`). Raises ValueError naming an attention that cannot be had."""
+    (`jax.experimental.topologies`). Raises ValueError naming a size or an attention that cannot be had."""
     device = layout.mesh.devices.flat[0]
     on_cpu, partitions = device.platform == "cpu", layout.num_shards("batch")
     dims, stages = Dims.of(model, layout), Stages.of(model, layout)
     multiple = math.lcm(partitions, layout.num_shards("tokens"))
+    _check_step_size(max_num_batched_tokens, max_num_seqs, multiple)
     decode, prefill = decode_attention, prefill_attention
     splits_head_dim, kind = layout.num_shards("head_dim") > 1, jnp.dtype(dtype)
     if decode == "auto":
@@ -157,6 +160,11 @@ def plan_steps(
         decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check)
     if prefill == "auto":
         prefill = "blocked"
+    if deterministic and (decode_attention != "auto" or prefill not in SPLITTABLE):
+        raise ValueError(
+            f"deterministic decodes by the prefill attention, which must be {' or '.join(sorted(SPLITTABLE))}: got "
+            f"decode_attention {decode_attention!r}, prefill_attention {prefill_attention!r}"
+        )
     if splits_head_dim and not {decode, prefill} <= SPLITTABLE:
         raise ValueError(
             f"rules: head_dim is split over {'+'.join(layout.rules.head_dim)}, which {decode} decode and {prefill} "
@@ -174,7 +182,8 @@ def plan_steps(
         num_logprobs=num_logprobs,
         decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
         prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
-        branches=on_cpu,
+        branches=on_cpu and not deterministic,
+        deterministic=deterministic,
     )
     buckets = BucketTable.of(
         max_decodes=plan.max_decodes,
@@ -183,6 +192,7 @@ def plan_steps(
         on_cpu=on_cpu,
         multiple=multiple,
         num_partitions=partitions,
+        single=deterministic,
     )
     return plan, buckets
 
@@ -200,6 +210,11 @@ def _step_size(config: EngineConfig, on_cpu: bool, multiple: int) -> tuple[int, 
     """Tokens of a step and sequences at once, each a multiple of the pieces that the layout cuts rows into."""
     budget = config.max_num_batched_tokens or (512 if on_cpu else 2048) // multiple * multiple or multiple
     max_num_seqs = config.max_num_seqs or min(32 if on_cpu else 256, budget) // multiple * multiple
+    _check_step_size(budget, max_num_seqs, multiple)
+    return budget, max_num_seqs
+
+
+def _check_step_size(budget: int, max_num_seqs: int, multiple: int) -> None:
     for name, value in (("max_num_batched_tokens", budget), ("max_num_seqs", max_num_seqs)):
         if value % multiple:
             low = value // multiple * multiple
@@ -212,7 +227,6 @@ def _step_size(config: EngineConfig, on_cpu: bool, multiple: int) -> tuple[int, 
             f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: each running sequence needs a "
             "token in every step"
         )
-    return budget, max_num_seqs
 
 
 def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num_devices: int) -> int:

@@ -34,7 +34,10 @@ class StepOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What every executable of an engine has in common. `max_decodes` is the most decoding rows of a step."""
+    """What every executable of an engine has in common. `max_decodes` is the most decoding rows of a step.
+
+    `deterministic`: decoding rows attend as chunks of one token do, since a preempted sequence's tokens come back so.
+    """
 
     config: LlamaConfig
     layout: Layout
@@ -48,6 +51,7 @@ class StepPlan:
     decode_attention: str
     prefill_attention: str
     branches: bool
+    deterministic: bool = False
 
     @property
     def dims(self) -> Dims:
