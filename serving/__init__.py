@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .front import Front
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestOutput
+    from .planner import plan
     from .sampling_params import SamplingParams
 
 _HOMES = {
@@ -20,9 +21,10 @@ _HOMES = {
     "Logprob": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
+    "plan": "planner",
 }
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Front", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Front", "Logprob", "RequestOutput", "SamplingParams", "plan"]
 
 
 def __getattr__(name: str) -> object:

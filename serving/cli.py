@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli_flags import add_engine_flags, add_sampling_flags
+from .cli_plan import add_plan_flags
 
 DEBUG_VARIABLE = "PADDOCK_TRACEBACK"
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_bench(commands)
     _add_sweep(commands)
+    _add_plan(commands)
     _add_convert(commands)
     _command(commands, "collect-env", "collect_env", "print versions, devices and memory, for a bug report")
     return parser
@@ -72,6 +74,9 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         default=10.0,
         metavar="SECONDS",
         help="time for running requests after SIGTERM or Ctrl+C (default: %(default)s)",
+    )
+    group.add_argument(
+        "--plan-only", action="store_true", help="say what the layout asked for takes on these devices; serve nothing"
     )
     add_engine_flags(parser)
 
@@ -164,6 +169,11 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "--explain", action="store_true", help="say what --mesh, --rules, --layout do to each array; run nothing"
     )
     add_engine_flags(parser)
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "plan", "cli_plan", "which layouts of a model fit which accelerators, and how fast")
+    add_plan_flags(parser)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

@@ -27,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--shutdown-grace must be at least 0, got {args.shutdown_grace}")
     if args.max_concurrent_requests < 1:
         raise ValueError(f"--max-concurrent-requests must be at least 1, got {args.max_concurrent_requests}")
+    if args.plan_only:
+        from .cli_plan import present
+
+        print(present(config))
+        return 0
     processes = Processes.of(config)
     if processes is not None and processes.index:
         with _exits_at_once():

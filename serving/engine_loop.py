@@ -80,7 +80,7 @@ class EngineLoop:
             self.metrics.set_memory(kind, num_bytes)
         self.metrics.set_cache_config(
             block_size=built.resolved.page_size,
-            num_gpu_blocks=built.resolved.num_pages - 1,
+            num_gpu_blocks=(built.resolved.num_pages - 1) * built.resolved.plan.num_partitions,
             cache_dtype=built.resolved.dtype,
         )
         self.executor = built.executor

@@ -153,7 +153,7 @@ class Executor:
         share = self.plan.max_chunk_tokens // self.plan.num_partitions
         for chunk, offset in zip(group.schedule.chunks, group.chunks[1].tolist(), strict=True):
             seq = chunk.seq
-            if seq.params.prompt_logprobs is not None:
+            if seq.params.prompt_logprobs is not None and not chunk.is_stale:
                 # Row i of the chunk predicts position start+i+1; what a preempted sequence was told is not told again.
                 first = max(chunk.start + 1, seq.num_prompt_scored + 1)
                 last = min(chunk.start + chunk.length, seq.num_prompt - 1)

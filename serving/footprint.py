@@ -59,7 +59,7 @@ class Footprint:
         mlp = -(-model.mlp_dim // layout.num_shards("mlp"))
         activations = self.max_num_batched_tokens * 4 * (model.embed_dim + mlp) * itemsize
         rows, shards = self.max_num_seqs + MAX_CHUNKS, layout.num_shards("vocab")
-        logits = 8 * (rows if rows % shards else rows // shards) * dims.vocab * 4
+        logits = 8 * -(-rows // shards) * dims.vocab * 4
         gathered = 0
         if set(rules.embed).intersection(rules.tokens):
             specs = [spec for spec, _ in weight_counts(model, layout, self.dtype)]

@@ -35,6 +35,7 @@ class Partition:
 
     def admit(self, seq: Sequence) -> None:
         seq.partition, seq.slot = self.index, self.free_slots.pop()
+        seq.num_admissions += 1
         seq.pages = self.pool.take(self.pool.pages_for(seq.num_tokens))
         seq.status = SequenceStatus.RUNNING
         _insert(self.running, seq)

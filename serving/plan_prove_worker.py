@@ -30,6 +30,7 @@ def main() -> int:
     # Libraries print; the answer has a channel of its own.
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)
+        answer: dict[str, Any]
         try:
             answer = {"proof": dataclasses.asdict(proof_of(**json.load(sys.stdin)))}
         except ValueError as error:

@@ -25,6 +25,12 @@ class Chunk:
     start: int
     length: int
     samples: bool
+    admission: int
+
+    @property
+    def is_stale(self) -> bool:
+        """Its sequence has given way since: other pages may have taken the place of those that it was computed with."""
+        return self.seq.status is not SequenceStatus.RUNNING or self.seq.num_admissions != self.admission
 
     @property
     def is_first(self) -> bool:
@@ -115,10 +121,9 @@ class Scheduler:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
         self._tick += 1
         decodes = [self._decode(part) for part in self.partitions]
-        pending = self._pending()
         budgets = [
-            self._chunk_budget(left, self.max_num_batched_tokens - len(taken))
-            for left, taken in zip(pending, decodes, strict=True)
+            self._chunk_budget(left, whole, self.max_num_batched_tokens - len(taken))
+            for (left, whole), taken in zip(self._prompts(), decodes, strict=True)
         ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
         chunks: list[list[Chunk]] = [[] for _ in self.partitions]
@@ -209,21 +214,36 @@ class Scheduler:
             decoding.remove(seq)
         return taken
 
-    def _pending(self) -> list[int]:
-        """Prompt tokens that each partition could take now: what runs, and an equal share of what waits."""
-        running = [sum(seq.num_tokens - seq.num_computed for seq in part.prefilling) for part in self.partitions]
-        waiting, most = 0, self.num_stages * self.max_num_batched_tokens * len(self.partitions)
+    def _prompts(self) -> list[tuple[int, int]]:
+        """Prompt tokens that each partition could take now, and the whole of the prompts that they belong to: of those
+        that run, and an equal share of those that there are slots, pages and chunks for."""
+        slots, pages = (sum(counts) for counts in zip(*self._room(), strict=True))
+        waiting = 0
         for seq in self.waiting:
-            waiting += seq.num_tokens
-            if waiting >= most:
+            slots, pages = slots - 1, pages - self.partitions[0].pool.pages_for(seq.num_tokens)
+            if seq.in_flight or slots < 0 or pages < 0:
                 break
-        return [left + -(-waiting // len(self.partitions)) for left in running]
+            waiting += seq.num_tokens
+        share = -(-waiting // len(self.partitions))
+        found = []
+        for part in self.partitions:
+            whole = sum(seq.num_tokens for seq in part.prefilling)
+            done = sum(seq.num_computed for seq in part.prefilling)
+            found.append((whole - done + share, whole + share))
+        return found
 
-    def _chunk_budget(self, pending: int, budget: int) -> int:
-        """Prompt tokens to take in this step, of `pending` ones and at most `budget`."""
-        if self.num_stages > 1:  # what waits fills every stage
-            budget = min(budget, max(-(-pending // self.num_stages), WEIGHT_BOUND))
-        wanted = min(pending, budget)
+    def _room(self) -> list[tuple[int, int]]:
+        """Sequences and pages that each partition could take in one step."""
+        return [
+            (max(0, min(len(part.free_slots), self.max_chunks - len(part.prefilling))), part.pool.num_free)
+            for part in self.partitions
+        ]
+
+    def _chunk_budget(self, left: int, whole: int, budget: int) -> int:
+        """Prompt tokens to take in this step, of `left` ones and at most `budget`."""
+        if self.num_stages > 1:  # equal pieces, one for each stage
+            budget = min(budget, max(-(-whole // self.num_stages), WEIGHT_BOUND))
+        wanted = min(left, budget)
         smaller = max((size for size in self.chunk_sizes if size <= wanted), default=0)
         larger = min((size for size in self.chunk_sizes if size > wanted), default=0)
         return smaller if smaller and larger > WEIGHT_BOUND and wanted < WELL_FILLED * larger else budget
@@ -231,7 +251,7 @@ class Scheduler:
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:
         left = seq.num_tokens - seq.num_computed
         length = min(left, budget)
-        chunks.append(Chunk(seq, seq.num_computed, length, samples=length == left))
+        chunks.append(Chunk(seq, seq.num_computed, length, length == left, seq.num_admissions))
         return length
 
     def _grow(self, part: Partition, seq: Sequence) -> bool:

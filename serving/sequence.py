@@ -31,6 +31,8 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     slot: int = -1
+    # How often it was given a slot: what was sent under an earlier one is stale.
+    num_admissions: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     in_flight: int = 0

@@ -45,10 +45,14 @@ def step(
         sampler = _count_prompts(plan, leaving, state.sampler) if packing.bucket.full else state.sampler
         flags = compiled_flags(leaving.flags, full=packing.bucket.full, branches=plan.branches)
 
-        def draw(logits: jax.Array, rows: Rows, shared: tuple[SamplerState, dict[str, When]]) -> Sampled:
-            return sample(logits, rows, *shared, plan.num_logprobs)
+        # Flags that are compiled in must not become arrays on the way.
+        traced = flags if plan.branches else {}
 
-        sampled = plan.layout.whole(on_own_rows(plan.layout, draw, logits, leaving.rows, (sampler, flags)))
+        def draw(logits: jax.Array, rows: Rows, shared: tuple[SamplerState, dict[str, When]]) -> Sampled:
+            state, traced = shared
+            return sample(logits, rows, state, {**flags, **traced}, plan.num_logprobs)
+
+        sampled = plan.layout.whole(on_own_rows(plan.layout, draw, logits, leaving.rows, (sampler, traced)))
         if packing.bucket.full:
             counts = sampler.counts.at[leaving.rows.slot, sampled.tokens].add(1, mode="drop")
             sampler = sampler._replace(counts=counts)

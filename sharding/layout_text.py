@@ -35,7 +35,7 @@ class LayoutText:
             text = cls._from_file(Path(layout))
         elif layout:
             raise ValueError(f"layout {layout!r} is neither a .toml file nor one of {', '.join(PRESETS)}")
-        base = ",".join(filter(None, [PRESETS[text.preset].rules if text.preset else "", text.rules]))
+        base = _override(PRESETS[text.preset].rules if text.preset else "", text.rules)
         text = cls(mesh or text.mesh, _override(base, rules), text.preset)
         if text.preset and text.mesh:
             PRESETS[text.preset].check(MeshConfig.parse(text.mesh))

@@ -103,7 +103,7 @@ def test_help_of_every_command_shows_help_texts_and_defaults():
     assert set(parsers) == {
         f"paddock{name}"
         for name in (
-            *("", " serve", " generate", " chat", " sweep", " convert", " collect-env"),
+            *("", " serve", " generate", " chat", " sweep", " plan", " convert", " collect-env"),
             *(" bench", " bench throughput", " bench latency", " bench serve", " bench startup"),
         )
     }

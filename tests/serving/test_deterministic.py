@@ -43,7 +43,5 @@ def test_the_same_bits_alone_and_in_any_batch(golden: Path, mesh: str) -> None:
 
 
 def test_attention_that_depends_on_the_batch_is_refused(golden: Path) -> None:
-    with pytest.raises(
-        ValueError, match="decodes by the prefill attention, which must be blocked or reference"
-    ):
+    with pytest.raises(ValueError, match="decodes by the prefill attention, which must be blocked or reference"):
         tiny_llm(golden / "gqa", deterministic=True, decode_attention="mosaic")

@@ -202,7 +202,7 @@ def test_decoding_sequences_spread_over_the_ticks_of_a_pipeline() -> None:
 def test_a_long_prompt_fills_every_stage() -> None:
     scheduler = make(num_pages=600, tokens=2048, stages=2)
     scheduler.add(sequence(0, 2000))
-    assert [scheduler.schedule().num_chunk_tokens for _ in range(2)] == [1000, 500]
+    assert [scheduler.schedule().num_chunk_tokens for _ in range(3)] == [1000, 1000, 0]
     small = make(num_pages=600, tokens=2048, stages=2)
     small.add(sequence(0, 100))
     assert small.schedule().num_chunk_tokens == 100, "too little to cut"
@@ -229,3 +229,25 @@ def test_prompts_are_cut_to_what_steps_are_compiled_for() -> None:
     assert [(c.seq.seq_id, c.length) for c in schedule.chunks] == [(1, 800), (2, 90)], "890 are nearly 1,024"
     scheduler.add(sequence(3, 100))
     assert scheduler.schedule().num_chunk_tokens == 100, "as quick as 64"
+
+
+def test_what_cannot_be_admitted_does_not_fill_a_step() -> None:
+    """With every slot taken, a long queue is no reason to run a larger program."""
+    scheduler = Scheduler(
+        [PagePool(400, 16)], max_num_seqs=1, max_num_batched_tokens=1024, max_chunks=4, chunk_sizes=(64, 256, 1024)
+    )
+    for seq_id in range(6):
+        scheduler.add(sequence(seq_id, 600))
+    assert [scheduler.schedule().num_chunk_tokens for _ in range(3)] == [256, 256, 88]
+
+
+def test_a_chunk_is_stale_once_its_sequence_gave_way() -> None:
+    scheduler = make(tokens=4)
+    seq = sequence(0, 10)
+    scheduler.add(seq)
+    (chunk,) = scheduler.schedule().chunks
+    assert not chunk.is_stale
+    scheduler.restart()
+    assert chunk.is_stale
+    (again,) = scheduler.schedule().chunks
+    assert (chunk.is_stale, again.is_stale) == (True, False), "even in the same slot"

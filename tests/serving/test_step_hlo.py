@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -103,3 +104,14 @@ def test_pools_and_state_stay_where_they_are(decode_step: Callable[..., Compiled
         pool = programs.cache.k[0]
         shape = ",".join(map(str, pool.sharding.shard_shape(pool.shape)))
         assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", executable.as_text())
+
+
+@pytest.mark.parametrize("mesh", ["", "tensor=2"])
+def test_what_is_compiled_in_is_no_branch(mesh: str) -> None:
+    """On a GPU a branch makes the host wait for its flag: the sampler's pieces are in the program or not at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        programs = resolve_tiny(patch, mesh=mesh).programs
+    plan = dataclasses.replace(programs.plan, branches=False)
+    lowered = dataclasses.replace(programs, plan=plan).lower(Bucket(programs.buckets.decodes[-1], 0, 0, True))
+    assert "stablehlo.case" not in lowered.as_text()
+    assert "stablehlo.case" in programs.lower(Bucket(programs.buckets.decodes[-1], 0, 0, True)).as_text()

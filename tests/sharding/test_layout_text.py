@@ -41,6 +41,13 @@ def test_a_file_in_both_spellings(tmp_path: Path) -> None:
     assert LayoutText.read("tensor=4", "", str(tmp_path / "a.toml")).mesh == "tensor=4"
 
 
+def test_a_file_changes_the_rules_of_its_preset(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('preset = "llama3"\nmesh = "pipe=2,tensor=2"\nrules = "vocab=tensor"\n')
+    text = LayoutText.read(layout=str(tmp_path / "x.toml"))
+    assert text.rules == "layers=pipe,q_heads=tensor,mlp=tensor,vocab=tensor"
+    assert LayoutText.read(rules="vocab=", layout=str(tmp_path / "x.toml")).rules.endswith(",vocab=")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,0 +1,287 @@
+"""Plans by arithmetic: the figures everybody knows of Llama on 80 GB cards, times, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from paddock.model.shapes import SHAPES
+from paddock.serving import plan
+from paddock.serving.cli import main
+from paddock.serving.footprint import SLACK, Footprint
+from paddock.serving.plan_report import plan_report
+from paddock.serving.planner import Plan
+from paddock.serving.roofline import Seconds
+from paddock.serving.speed_profile import Curve, SpeedProfile, shipped_profile
+from paddock.sharding.accelerators import accelerator
+from paddock.sharding.memory import PlannedLayout
+
+DATASHEET_ONLY = SpeedProfile("h100-80gb")
+
+
+def by_datasheet(model: str, card: str, count: int, mesh: str = "", **fields) -> Plan:
+    return plan(model, card, count, mesh=mesh, memory="datasheet", **fields)
+
+
+def fitting(found: Plan) -> list[str]:
+    return [str(layout.mesh) for layout in found.layouts if layout.fits]
+
+
+@pytest.mark.parametrize(("model", "kib"), [("llama-3.1-8b", 128), ("llama-3.1-70b", 320), ("llama-3.1-405b", 504)])
+def test_kv_bytes_of_a_token(model, kib):
+    (layout,) = plan(model, "h200", 8, mesh="tensor=8").layouts
+    assert layout.kv_bytes_per_token == kib * 1024
+    (small,) = plan(model, "h200", 8, mesh="tensor=8", kv_cache_dtype="fp8_e4m3").layouts
+    assert small.kv_bytes_per_token == kib * 512
+    assert small.kv_tokens == pytest.approx(2 * layout.kv_tokens, rel=0.01)
+
+
+def test_8b_fits_one_card():
+    (layout,) = by_datasheet("llama-3.1-8b", "h100-80gb", 1).layouts
+    assert layout.fits
+    assert layout.bytes_per_device.weights == pytest.approx(16.06e9, rel=0.001)
+    assert layout.kv_tokens == pytest.approx((72e9 - 16.06e9) / 131072, rel=0.001)
+
+
+def test_70b_step_by_step():
+    (one,) = by_datasheet("llama-3.1-70b", "h100-80gb", 1).layouts
+    assert not one.fits
+    assert "131.4 GiB of weights" in one.reason
+    assert one.decode == ()
+    (two,) = by_datasheet("llama-3.1-70b", "h100-80gb", 2, "tensor=2").layouts
+    assert two.fits
+    assert two.kv_tokens == pytest.approx(8.8e3, rel=0.02)
+    assert two.reason == "only 8,704 KV tokens are left: 7 sequences of 1,152 at once"
+    for count in (4, 8):
+        (layout,) = by_datasheet("llama-3.1-70b", "h100-80gb", count, f"tensor={count}").layouts
+        assert layout.fits
+        assert layout.sequences >= 256
+        assert layout.decode[-1].batch == 256
+
+
+def test_405b_step_by_step():
+    assert fitting(by_datasheet("llama-3.1-405b", "h100-80gb", 8)) == []
+    assert "pipe=2,tensor=8" in fitting(by_datasheet("llama-3.1-405b", "h100-80gb", 16))
+    assert "tensor=8" in fitting(by_datasheet("llama-3.1-405b", "mi300x", 8))
+    (layout,) = by_datasheet("llama-3.1-405b", "h200", 8, "tensor=8").layouts
+    assert layout.kv_tokens == pytest.approx(394e3, rel=0.002)
+
+
+def test_quantized_weights():
+    (half,) = plan("llama-3.1-8b", "l40s", quantization="int8").layouts
+    (full,) = plan("llama-3.1-8b", "l40s").layouts
+    products = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
+    scales = 32 * (6144 + 4096 + 2 * 14336 + 4096) * 4
+    assert full.bytes_per_device.weights - half.bytes_per_device.weights == products - scales
+
+
+@pytest.mark.parametrize("mesh", ["tensor=1", "tensor=8", "pipe=3,tensor=2", "data=2,tensor=4"])
+def test_pages_are_what_the_engine_would_take(mesh):
+    """The same arithmetic as at the engine's start: with one page more it would not fit."""
+    (layout,) = plan("llama-3.1-8b", "h100-80gb", 8, mesh=mesh, max_model_len=8192).layouts
+    footprint = Footprint(SHAPES["llama-3.1-8b"], "bfloat16", 64, 256, 2048, 8192, SLACK)
+    pages = layout.kv_tokens // layout.mesh.num_replicas // 64 + 1
+    placed = PlannedLayout.of(mesh)
+    available = int(84_942_979_072 * 0.9)
+    assert footprint.of(placed, pages) == layout.bytes_per_device
+    assert footprint.of(placed, pages).fits(available)
+    assert not footprint.of(placed, pages + 1).fits(available)
+
+
+def test_every_split_is_tried():
+    meshes = [str(layout.mesh) for layout in plan("llama-3.1-8b", "h100-80gb", 4).layouts]
+    assert meshes == ["data=4", "data=2,pipe=2", "pipe=4", "data=2,tensor=2", "pipe=2,tensor=2", "tensor=4"]
+    # 24 heads do not divide over 16 devices.
+    assert "tensor=16" not in [str(layout.mesh) for layout in plan("llama-3.2-3b", "h100-80gb", 16).layouts]
+
+
+def test_datasheet_times_by_hand():
+    (layout,) = plan("llama-3.1-8b", "h100-80gb", profile=DATASHEET_ONLY, input_len=1000, output_len=200).layouts
+    assert layout.source == "datasheet"
+    embedding = 128256 * 4096 * 2
+    read = layout.bytes_per_device.weights - embedding
+    one, *_, last = layout.decode
+    assert one.seconds == pytest.approx((read + 1100 * 131072) / 3.35e12, rel=0.001)
+    assert last.seconds == pytest.approx((read + 256 * 1100 * 131072) / 3.35e12, rel=0.001)
+    assert (one.bound, last.bound) == ("memory", "memory")
+    assert last.tokens_per_second == pytest.approx(256 / last.seconds)
+    layers = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
+    attention = 32 * 32 * 4 * 128 * 1000 * 1001 / 2
+    assert layout.prefill_seconds == pytest.approx((2 * layers * 1000 + attention) / 989.4e12 + embedding / 3.35e12)
+
+
+def test_h100_profile_gives_the_measured_steps():
+    """docs/numbers.md, the engine on the 8B shape: steps, where the profile has times of kernels."""
+    (layout,) = plan("llama-3.1-8b", "h100-80gb", input_len=128, output_len=128, max_num_batched_tokens=4096).layouts
+    assert layout.source == "measured"
+    predicted = {point.batch: point.seconds * 1000 for point in layout.decode}
+    for batch, measured in ((1, 5.89), (32, 6.39), (256, 10.32)):
+        assert predicted[batch] == pytest.approx(measured, rel=0.1)
+
+
+def test_stages_take_turns():
+    """A token takes a tick per stage, each for its share of the sequences: weights are read as often as on one."""
+    one = plan("llama-3.1-8b", "h100-80gb", profile=DATASHEET_ONLY).layouts[0].decode
+    four = plan("llama-3.1-8b", "h100-80gb", 4, mesh="pipe=4", profile=DATASHEET_ONLY).layouts[0].decode
+    at = {point.batch: point.seconds for point in four}
+    assert at[1] == pytest.approx(at[4])
+    assert at[4] == pytest.approx(one[0].seconds, rel=0.01)
+
+
+def test_tensor_parallelism_across_hosts_pays_for_the_network():
+    fields = {"input_len": 128, "output_len": 128}
+    inside, outside, strided = (
+        plan("llama-3.1-405b", "h100-80gb", 16, mesh=mesh, **fields).layouts[0].decode[-1]
+        for mesh in ("pipe=2,tensor=8", "tensor=16", "tensor=8,pipe=2")
+    )
+    # With pipe varying fastest a tensor group spreads over both hosts.
+    assert strided.seconds > inside.seconds
+    slow = dataclasses.replace(accelerator("h100-80gb"), nic_bandwidth=1e9)
+    over_slow = plan("llama-3.1-405b", slow, 16, mesh="tensor=16", **fields).layouts[0].decode[-1]
+    within = plan("llama-3.1-405b", slow, 16, mesh="pipe=2,tensor=8", **fields).layouts[0].decode[-1]
+    assert over_slow.bound == "links"
+    assert over_slow.seconds > 5 * outside.seconds
+    assert within.bound != "links"
+
+
+def test_measured_all_reduces_are_used():
+    (measured,) = plan("llama-3.1-8b", "h200", 2, mesh="tensor=2").layouts
+    (sheet,) = plan("llama-3.1-8b", "h200", 2, mesh="tensor=2", profile=SpeedProfile("h200")).layouts
+    # 65 reductions of 22 to 24 microseconds that a datasheet says nothing about.
+    assert measured.decode[0].seconds - sheet.decode[0].seconds == pytest.approx(65 * 24e-6, rel=0.02)
+    assert measured.source == "datasheet"
+
+
+def test_the_slow_host_bounds():
+    profile = dataclasses.replace(DATASHEET_ONLY, host=Curve((1, 256), (1.0, 2.0)))
+    points = plan("llama-3.1-8b", "h100-80gb", profile=profile).layouts[0].decode
+    assert {point.bound for point in points} == {"host"}
+    assert (points[0].seconds, points[-1].seconds) == (1.0, 2.0)
+    assert Seconds(memory=1, matrix=2, host=2.5).bound == "matrix"
+
+
+def test_times_that_nobody_can_tell_are_left_out_with_the_reason():
+    (gathered,) = plan("llama-3.1-8b", "h100-80gb", 4, layout="pope-xyz-weight-gathered").layouts
+    assert gathered.fits
+    assert (gathered.prefill_seconds, gathered.decode) == (None, ())
+    assert gathered.untimed == "times are not predicted for layouts that split embed"
+    (far,) = plan("llama-3.1-405b", "mi300x", 16, mesh="tensor=16").layouts
+    assert "mi300x has no known bandwidth between its islands of 8" in far.untimed
+    report = plan_report(plan("llama-3.1-405b", "mi300x", 16))
+    assert "no times for pipe=16; " in report
+    assert report.count("no known bandwidth") == 1
+
+
+def test_cheapest_first():
+    found = plan("llama-3.1-70b", "h100-80gb", 8)
+    best = found.meeting(ttft=0.1, itl=0.02)
+    assert str(best[0][0].mesh) == "tensor=8"
+    assert all(layout.prefill_seconds <= 0.1 and point.seconds <= 0.02 for layout, point in best)
+    rates = [point.tokens_per_second for _, point in best]
+    assert rates == sorted(rates, reverse=True)
+    assert found.meeting(itl=1e-6) == []
+
+
+def test_curves_and_profiles():
+    curve = Curve((1, 3), (10.0, 20.0))
+    assert [curve.at(x) for x in (0, 1, 2, 3, 5)] == [10, 10, 15, 20, 20]
+    assert Curve((1, 3), (10.0, 20.0), extends=True).at(5) == 30
+    assert shipped_profile("mi300x") == SpeedProfile("mi300x")
+    assert set(shipped_profile("h200").all_reduce) == {2, 4}
+    with pytest.raises(ValueError, match="speed profile mine: 'accelerator' is missing"):
+        SpeedProfile.read("[host]\nrows=[1]\nseconds=[1.0]", "mine")
+    with pytest.raises(ValueError, match=r"mine: points must ascend.*\[2, 1\]"):
+        SpeedProfile.read('accelerator="a"\n[host]\nrows=[2, 1]\nseconds=[1.0, 2.0]', "mine")
+    with pytest.raises(ValueError, match="mine: unknown key 'hots'"):
+        SpeedProfile.read('accelerator="a"\n[hots]', "mine")
+    with pytest.raises(ValueError, match="profile is of h200, not of h100-80gb"):
+        plan("llama-3.1-8b", "h100-80gb", profile=shipped_profile("h200"))
+
+
+def test_json(capsys):
+    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--count", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[key] for key in ("model", "accelerator", "count")] == ["llama-3.1-8b", "h100-80gb", 2]
+    assert [layout["mesh"] for layout in found["layouts"]] == ["data=2", "pipe=2", "tensor=2"]
+    for layout in found["layouts"]:
+        assert list(layout) == [
+            *("mesh", "fits", "reason", "bytes_per_device", "kv_bytes_per_token", "kv_tokens"),
+            *("prefill_seconds", "decode"),
+        ]
+        held = layout["bytes_per_device"]
+        assert list(held) == ["weights", "kv_cache", "temp", "total"]
+        assert held["total"] == held["weights"] + held["kv_cache"] + held["temp"]
+        assert list(layout["decode"][0]) == ["batch", "seconds", "bound"]
+
+
+def test_table_and_page(capsys, tmp_path):
+    page = tmp_path / "report.html"
+    options = ["--count", "2", "--ttft", "1000", "--itl", "30", "--memory", "datasheet", "--html", str(page)]
+    assert main(["plan", "llama-3.1-70b", "--accelerator", "h100-80gb", *options]) == 0
+    text = capsys.readouterr().out
+    assert "74.51 GiB each (datasheet), 90% used" in text
+    assert "only 8,704 KV tokens are left: 7 sequences of 1,152 at once" in text
+    assert "TTFT <= 1000 ms and ITL <= 30 ms, cheapest first:\nmesh" in text
+    html = page.read_text()
+    assert "Pareto front" in html
+    assert "memory of h100-80gb" in html
+    assert "8,704 KV tokens" in html
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llama-3.1-405b", "--count", "8"], r"does not fit 8 x h100-80gb .*smallest meshes .*: pipe=3,tensor=4; "),
+        (["llama-3.1-8b", "--mesh", "tensor=3", "--count", "3"], "q_heads of size 32 .*does not divide over 3"),
+        (["llama-3.1-8b", "--mesh", "tensor=4"], "tensor=4 needs 4 devices, but count is 1"),
+        (["llama-3.1-8b", "--accelerator", "h1000"], "accelerator 'h1000' is unknown"),
+        (["llama-9"], "model 'llama-9' is neither a folder, nor a config.json, nor one of llama-2-7b"),
+        (["llama-3.1-8b", "--count", "0"], "count must be at least 1"),
+        (["llama-3.1-8b", "--itl", "0"], "--itl must be more than 0 ms"),
+        (["llama-3.1-8b", "--max-model-len", "100"], "max_model_len 100 is less than input_len"),
+        (["llama-2-7b", "--max-model-len", "9999"], "more than the 4096 tokens of llama-2-7b"),
+    ],
+)
+def test_one_clear_sentence(words, message, capsys):
+    import re
+
+    assert main(["plan", "--accelerator", "h100-80gb", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+
+
+def test_config_without_a_field(capsys, tmp_path):
+    config = SHAPES["llama-3.2-1b"].to_hf_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--accelerator", "tpu-v5e", "--json"]) == 0
+    capsys.readouterr()
+    del config["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path / "config.json"), "--accelerator", "tpu-v5e"]) == 2
+    assert "hidden_size" in capsys.readouterr().err
+
+
+def test_plan_only_says_what_the_engine_would_take(capsys, monkeypatch):
+    monkeypatch.setattr("paddock.serving.platform.prepare", lambda config: None)
+    sizes = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(2**26)]
+    assert main(["serve", "--plan-only", "-tp", "2", *sizes]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("the bundled model on tensor=2 of 8 x cpu, float32: fits\n")
+    assert "no times: cpu is not in the table" in text
+    assert main(["serve", "--plan-only", "-tp", "3", *sizes]) == 2
+
+
+def test_plan_only_predicts_times_on_a_known_card(capsys, monkeypatch):
+    monkeypatch.setattr("paddock.serving.platform.prepare", lambda config: None)
+    card = dataclasses.replace(accelerator("h100-80gb"), device_kind="cpu")
+    monkeypatch.setattr("paddock.sharding.accelerators.accelerators", lambda: {card.name: card})
+    sizes = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--dtype", "bfloat16"]
+    assert main(["serve", "--plan-only", "-tp", "2", *sizes]) == 0
+    text = capsys.readouterr().out
+    assert "of 8 x cpu, bfloat16: fits" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("tensor=2")]
+    assert [row[2] for row in rows[1:]] == ["1", "2", "4"]
+    assert {row[-1] for row in rows[1:]} == {"datasheet"}
