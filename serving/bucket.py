@@ -77,7 +77,7 @@ class BucketTable:
     def all(self) -> list[Bucket]:
         """Every bucket, largest first: the longest compiles start first."""
         if self.single:
-            return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, True)]
+            return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.variants[-1])]
         shapes = [(decodes, 0, 0) for decodes in self.decodes]
         shapes += [(decodes, t, self.max_chunks) for decodes in (0, self.decodes[-1]) for t in self.chunk_tokens]
         return sorted((Bucket(*shape, full) for shape in shapes for full in self.variants), reverse=True)

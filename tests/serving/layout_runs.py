@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny_config
 from engines import TokenComparison
 
 from paddock.checkpoints.load import load
-from paddock.model import LlamaConfig, RopeConfig
 from paddock.model.shapes import SHAPES
-from paddock.serving.bucket import Bucket, BucketTable
 from paddock.serving.engine import Engine, Limits
 from paddock.serving.engine_config import EngineConfig
 from paddock.serving.executor import Executor
@@ -25,38 +24,10 @@ from paddock.serving.sampling_params import SamplingParams
 from paddock.serving.scheduler import Scheduler
 
 # Three layers, so that two stages do not divide them; two kv heads, fewer than most layouts have shards.
-CONFIG = LlamaConfig(
-    vocab_size=101,
-    embed_dim=16,
-    mlp_dim=24,
-    num_layers=3,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position=64,
-    norm_eps=1e-5,
-    rope=RopeConfig("default", 10000.0),
-    tie_embeddings=False,
-    attention_bias=True,
-    mlp_bias=False,
-    dtype="float32",
-    bos_token_id=1,
-    eos_token_ids=(2,),
-)
+CONFIG = dataclasses.replace(tiny_config.CONFIG, num_layers=3)
 LENGTHS = (3, 21, 9, 14, 1, 30, 6, 11)
 NEW_TOKENS = (12, 5, 17, 8, 20, 6, 9, 13)
 NUM_SLOTS, PAGE_SIZE, STEP_TOKENS = 8, 4, 32
-
-
-@dataclasses.dataclass(frozen=True)
-class OneBucket(BucketTable):
-    """Every step takes the largest bucket: one executable a layout."""
-
-    def all(self) -> list[Bucket]:
-        return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.variants[-1])]
-
-    def choose(self, schedules: Any, *, full: bool) -> Bucket:
-        return self.all()[0]
 
 
 class StepAlone(Programs):
@@ -85,8 +56,8 @@ def resolve_tiny(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> Resolved:
 def engine_of(resolved: Resolved, *, pages: int, full: bool) -> Engine:
     """An engine with `pages` usable pages, all partitions together; not `full`: with the sampler's fast half alone."""
     plan = dataclasses.replace(resolved.plan, branches=full)
-    sizes = {f.name: getattr(resolved.buckets, f.name) for f in dataclasses.fields(BucketTable)}
-    table = OneBucket(**{**sizes, "variants": (full,)})
+    # One executable a layout: every step takes the largest bucket.
+    table = dataclasses.replace(resolved.buckets, single=True, variants=(full,))
     num_pages = pages // plan.num_partitions + 1
     params = load(Path(), CONFIG, plan.layout, "float32", "dummy")
     executor = Executor(StepAlone(plan, table, num_pages), params)

@@ -10,29 +10,12 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from tiny_config import CONFIG
 
 from paddock.checkpoints import init_dummy_params
-from paddock.model import Dims, LlamaConfig, RopeConfig, forward, param_specs
+from paddock.model import Dims, forward, param_specs
 from paddock.sharding import Layout
 
-CONFIG = LlamaConfig(
-    vocab_size=101,
-    embed_dim=16,
-    mlp_dim=24,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position=64,
-    norm_eps=1e-5,
-    rope=RopeConfig("default", 10000.0),
-    tie_embeddings=False,
-    attention_bias=True,
-    mlp_bias=False,
-    dtype="float32",
-    bos_token_id=1,
-    eos_token_ids=(2,),
-)
 TOKENS = jnp.array([1, 100, 7, 42, 7, 0, 63, 5], jnp.int32)
 
 
