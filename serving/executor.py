@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from .bucket import Bucket
+from .compiler import Compiler
 from .outputs import Logprob, TokenLogprobs
 from .pack import Group, Packer, lay_out
 from .pipeline import Params
@@ -77,9 +78,9 @@ NOTHING = Schedule((), ())
 class Executor:
     """Owns everything on the devices. All calls come from one thread: steps run in the order they are sent."""
 
-    def __init__(self, programs: Programs, params: Params, *, progress: bool = False):
+    def __init__(self, programs: Programs, params: Params, compiler: Compiler | None = None):
         self.programs, self.plan, self.buckets, self.params = programs, programs.plan, programs.buckets, params
-        self.compiled = programs.compile(progress=progress)
+        self.compiled = (compiler or Compiler()).run(programs.jobs())
         self._packer = Packer(self.plan.page_size, self.plan.num_slots)
         # What is at each pipeline stage, the latest to enter first; without stages only what was sent last.
         self._groups: deque[Group | None] = deque([None] * self.plan.stages.count, maxlen=self.plan.stages.count)
@@ -112,14 +113,18 @@ class Executor:
         self._groups.appendleft(self._packer.group(schedule) if schedule else None)
         leaving = self._groups[-1]
         groups = [group for group in self._groups if group]
-        bucket = self.buckets.choose((group.schedule for group in groups), full=leaving is not None and leaving.full)
+        bucket = self.buckets.choose(group.schedule for group in groups)
         packed = np.empty(self.programs.packed_shape(bucket), np.int32)
         rows = packed.reshape(len(self._groups), -1)
         placed = [self._lay_out(bucket, group, row) for group, row in zip(self._groups, rows, strict=True)]
-        arguments = (self.params, self.cache, self.state, self.plan.layout.put(packed))
-        self.cache, self.state, output = self.compiled[bucket](*arguments)
+        sent = self.plan.layout.sent(packed)
+        self.cache, self.state, output = self.compiled[bucket](self.params, self.cache, self.state, sent)
         if leaving is None:
             return None
+        if leaving.full and not bucket.full:
+            self.state, sampled = self.compiled["resample", bucket](self.state, sent, output.logits)
+            output = output._replace(sampled=sampled)
+        output = output._replace(logits=None)  # they are large, and nobody's from here on
         output.sampled.tokens.copy_to_host_async()
         return self._future(bucket, leaving, *placed[-1], output)
 
@@ -134,6 +139,7 @@ class Executor:
         rows = list(zip(decode_rows.tolist(), schedule.decodes, strict=True))
         places = chunk_rows.tolist()
         rows += [(bucket.decodes + places[i], chunk.seq) for i, chunk in enumerate(schedule.chunks) if chunk.samples]
+        bucket = dataclasses.replace(bucket, full=bucket.full or group.full)
         return StepFuture(rows, bucket, schedule.num_tokens, output, list(self._score_prompts(group, output)))
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
