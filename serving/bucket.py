@@ -91,6 +91,9 @@ class BucketTable:
             return self.all()[0]
         decodes = tokens = 0
         for schedule in schedules:
+            if self.num_partitions == 1:
+                decodes, tokens = max(decodes, len(schedule.decodes)), max(tokens, schedule.num_chunk_tokens)
+                continue
             decodes = max(decodes, self._most(Counter(seq.partition for seq in schedule.decodes)))
             lengths: Counter[int] = Counter()
             for chunk in schedule.chunks:

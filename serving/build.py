@@ -14,7 +14,7 @@ import jax
 from paddock.checkpoints import load
 
 from .chat_template import ChatTemplate
-from .compiler import CompileReport, Compiler
+from .compiler import Compiler, CompileReport
 from .engine import Engine, Limits
 from .engine_config import EngineConfig
 from .executor import Executor
@@ -72,7 +72,8 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
         compiler = Compiler(_program_cache(config, resolved.programs), progress=progress)
         executor = Executor(resolved.programs, params, compiler)
         report = compiler.report
-    logger.info("%d programs found, %d made", report.num_found, report.num_made)
+    made = report.num_lowered, report.num_compiled
+    logger.info("%d programs found on disk, %d lowered, of which %d compiled", report.num_found, *made)
     scheduler = Scheduler(
         [PagePool(resolved.num_pages, resolved.page_size) for _ in range(resolved.plan.num_partitions)],
         max_num_seqs=resolved.plan.num_slots,

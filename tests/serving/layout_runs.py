@@ -103,12 +103,13 @@ def run(resolved: Resolved, *, pages: int, full: bool = False) -> Run:
             noise = engine.add(prompts[-1 - index], SamplingParams(temperature=1.0, seed=index, max_tokens=20))
         if step % 2 == 1:
             engine.abort(noise)
-        for sampled in engine.step().tokens:
-            if sampled.seq in where:
-                index = where[sampled.seq]
-                tokens[index].append(sampled.token_id)
-                if sampled.logprobs is not None:
-                    first, second = sorted((c.logprob for c in sampled.logprobs.values()), reverse=True)[:2]
+        result = engine.step()
+        for seq in result.advanced:
+            if seq in where:
+                index = where[seq]
+                tokens[index].append(seq.output_token_ids[-1])
+                if seq in result.logprobs:
+                    first, second = sorted((c.logprob for c in result.logprobs[seq].values()), reverse=True)[:2]
                     margins[index].append(first - second)
         step += 1
         assert step < 600
