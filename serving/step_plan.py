@@ -25,11 +25,13 @@ class StepState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What comes back: the sampled rows, and the chunks' hidden states [max chunk tokens, D] for prompt_logprobs (over
-    stages [stages, max chunk tokens, D], the last of which counts)."""
+    """What comes back: the sampled rows, the chunks' hidden states [max chunk tokens, D] for prompt_logprobs (over
+    stages [stages, max chunk tokens, D], the last of which counts), and where the sampler's slow half is a program of
+    its own (`resample`) the logits [R V] for it."""
 
     sampled: Sampled
     hidden: jax.Array | None
+    logits: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
