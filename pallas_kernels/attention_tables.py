@@ -15,6 +15,7 @@ from .prefill_blocked import prefill_blocked
 from .prefill_mosaic import prefill_mosaic
 from .prefill_reference import prefill_reference
 from .rotate_append import decode_append_reference, rotate_append_reference
+from .rotate_append_mosaic import rotate_append_mosaic
 
 # (q, k_pages, v_pages, page_table, kv_len, *, scale) -> out; the contract is decode_reference's docstring.
 # An implementation that cannot run on its arguments raises ValueError: nothing falls back.
@@ -40,6 +41,7 @@ KV_APPEND: dict[str, Callable[..., tuple[Array, Array]]] = {
 # (qkv, cos, sin, k_pages, v_pages, page, offset) -> (q, k_pages, v_pages); rotate_append_reference's docstring.
 ROTATE_APPEND: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
     "reference": rotate_append_reference,
+    "mosaic": rotate_append_mosaic,
 }
 
 # (qkv, cos, sin, k_pages, v_pages, page_table, kv_len, *, scale) -> (out, k_pages, v_pages); decode_append_reference's.
