@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from paddock.pallas_kernels import split_rotated
 from paddock.sharding import Layout
 
 from .activations import Activations
 from .config import LlamaConfig
-from .rope import apply_rope, cos_sin
+from .rope import cos_sin
 
 Params = Mapping[str, jax.Array]
-# (layer, q [T K G h], k [T K h], v [T K h]) -> [T K G h]; it sees to it that k and v are kept for later steps.
+# (layer, qkv [T K G+2 h], cos, sin [T h/2]) -> [T K G h]; it rotates queries and keys, and sees to it that keys and
+# values are kept for later steps.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -67,13 +69,9 @@ class Attention(nnx.Module):
         qkv = project(self.placed.entering(x, "q_heads"), self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...][None]
-        num_tokens, kv_heads, _, head_dim = qkv.shape
-        # Keys are rotated with the queries: one rotation over [T, K*(G+1), h].
-        rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
-        rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
-        mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
+        mixed = attend(qkv, cos, sin)
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
-        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
+        out = project(mixed.reshape(x.shape[0], -1), self.out[...].reshape(-1, x.shape[-1]))
         return out if self.out_bias is None else out + self.out_bias[...][None]
 
 
@@ -166,8 +164,9 @@ def layer_params(params: Params, index: int) -> dict[str, jax.Array]:
     return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def dense_causal_attention(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One sequence against itself: q [T K G h], k and v [T K h]. The reference for every cached path."""
+def dense_causal_attention(_: int, qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """One sequence against itself: qkv [T K G+2 h]. The reference for every cached path."""
+    q, k, v = split_rotated(qkv, cos, sin)
     scores = jnp.einsum("tkgh,skh->kgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)

@@ -17,7 +17,7 @@ import psutil
 from paddock.checkpoints import GenerationConfig, resolve_model
 from paddock.model import Dims, LlamaConfig, Stages, slot_specs
 from paddock.model.shapes import SHAPES
-from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, mosaic_mode
+from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, check_prefill_mosaic, mosaic_mode
 from paddock.sharding import Layout
 from paddock.sharding.memory import show_bytes
 
@@ -159,7 +159,9 @@ def plan_steps(
         check = lambda: check_mosaic(kind, model.head_dim, page_size, group)
         decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check)
     if prefill == "auto":
-        prefill = "blocked"
+        check = lambda: check_prefill_mosaic(kind, model.head_dim, page_size)
+        plain = splits_head_dim or deterministic
+        prefill = "blocked" if plain else _fastest("prefill_attention", device, check)
     if deterministic and (decode_attention != "auto" or prefill not in SPLITTABLE):
         raise ValueError(
             f"deterministic decodes by the prefill attention, which must be {' or '.join(sorted(SPLITTABLE))}: got "
