@@ -1,11 +1,11 @@
 """All-reduces over all devices, in a chain of them within one program: microseconds and bus bandwidth by size.
 
     python benchmarks/all_reduce.py
-    XLA_FLAGS=--xla_gpu_experimental_use_collective_kernels=ALL_REDUCE python benchmarks/all_reduce.py --implementations xla
-    python benchmarks/all_reduce.py --implementations xla --kib 8 64 --calls 4    (on CPU: give it devices by XLA_FLAGS)
+    python benchmarks/all_reduce.py --implementations reference
+    python benchmarks/all_reduce.py --implementations reference --kib 8 64 --calls 4    (on CPU)
 
 Rows are of a model's width (--width), in bfloat16. `norm` is the all-reduce with residual addition and norm after it:
-one kernel, or XLA's collective and what XLA makes of the rest. Bus bandwidth is 2 (n - 1) / n times the message over
+one kernel, or XLA's collective (NCCL; with XLA_FLAGS=--xla_gpu_experimental_use_collective_kernels=ALL_REDUCE its own) and what XLA makes of the rest. Bus bandwidth is 2 (n - 1) / n times the message over
 the time: what each link must carry in the best algorithm. Before timing, ours is compared with a sum of the gathered
 rows, bit by bit, on every device and in every one of --checks rounds of new data. The last line is JSON.
 """
@@ -33,7 +33,7 @@ MIB = 1024
 
 def programs(mesh: Mesh, name: str, calls: int, width: int) -> dict[str, Callable[..., Any]]:
     """Chains of `calls` reductions (or of reductions, additions and norms) of rows that each device has for itself."""
-    needs_mailbox = name != "xla"
+    needs_mailbox = name == "mosaic"
 
     def reduce_rows(x: jax.Array, mailbox: jax.Array) -> jax.Array:
         for _ in range(calls):
@@ -96,15 +96,15 @@ def check(mesh: Mesh, name: str, rows: int, width: int, mailbox: jax.Array, roun
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kib", type=int, nargs="+", default=[8, 16, 64, 128, 256, 512, 1024, 2048, 8192, 65536])
+    parser.add_argument("--kib", type=int, nargs="+", default=[8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 65536])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--calls", type=int, default=64, help="reductions in one program, as in 32 layers")
-    parser.add_argument("--implementations", nargs="+", choices=sorted(ALL_REDUCE), default=["mosaic", "xla"])
+    parser.add_argument("--implementations", nargs="+", choices=sorted(ALL_REDUCE), default=["mosaic", "reference"])
     parser.add_argument("--checks", type=int, default=100)
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args(argv)
     mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
-    boxes = Mailboxes.open(mesh, [AXIS]) if set(args.implementations) != {"xla"} else None
+    boxes = Mailboxes.open(mesh, [AXIS]) if set(args.implementations) != {"reference"} else None
     mailbox: Any = boxes.table if boxes else jnp.zeros((mesh.size, mesh.size + 2, 2), jnp.int32)
     sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(AXIS))
     table = []
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         x = jax.device_put(jnp.full((mesh.size * count, args.width), 2.0**-args.calls, jnp.bfloat16), sharding)
         for name in args.implementations:
             try:
-                if name != "xla":
+                if name == "mosaic":
                     row["wrong"] = check(mesh, name, count, args.width, mailbox, args.checks, None)
                 for kind, program in programs(mesh, name, args.calls, args.width).items():
                     run = functools.partial(program, x, mailbox)

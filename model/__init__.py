@@ -3,6 +3,7 @@
 from .config import LlamaConfig, RopeConfig
 from .llama import LayerStack, Llama, forward
 from .params import Dims, param_specs
+from .reduction import Reduction, reduction_axes
 from .stages import Stages, placements, slot_specs, stack_stages
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "RopeConfig",
+    "Reduction",
     "Stages",
     "forward",
     "param_specs",
     "placements",
+    "reduction_axes",
     "slot_specs",
     "stack_stages",
 ]

@@ -18,6 +18,7 @@ from paddock.sharding import Layout
 
 from .activations import Activations
 from .config import LlamaConfig
+from .reduction import Reduction
 from .rope import apply_rope, cos_sin
 
 Params = Mapping[str, jax.Array]
@@ -63,7 +64,8 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array]
-    ) -> Float[Array, "T D"]:
+    ) -> Float[Array, "T E"]:
+        """The heads' rows, E = K*G*h, that `out` is still to bring back to the residual stream."""
         qkv = project(self.placed.entering(x, "q_heads"), self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...][None]
@@ -73,8 +75,13 @@ class Attention(nnx.Module):
         rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
         mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
-        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
-        return out if self.out_bias is None else out + self.out_bias[...][None]
+        return mixed.reshape(num_tokens, -1)
+
+    @property
+    def leaving(self) -> tuple[jax.Array, jax.Array | None]:
+        """The product that ends the block: its weight [E, D] and its bias."""
+        weight = self.out[...]
+        return weight.reshape(-1, weight.shape[-1]), None if self.out_bias is None else self.out_bias[...]
 
 
 class Mlp(nnx.Module):
@@ -88,13 +95,18 @@ class Mlp(nnx.Module):
         self.gate_up_bias = nnx.Param(params["gate_up_bias"]) if config.mlp_bias else None
         self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        """The hidden rows, that `down` is still to bring back to the residual stream."""
         both = project(self.placed.entering(x, "mlp"), self.gate_up[...])
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[...][None]
         hidden = jax.nn.silu(both[..., 0]) * both[..., 1]
-        out = project(self.placed.inside(hidden, "mlp"), self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[...][None]
+        return self.placed.inside(hidden, "mlp")
+
+    @property
+    def leaving(self) -> tuple[jax.Array, jax.Array | None]:
+        """The product that ends the block: its weight [F, D] and its bias."""
+        return self.down[...], None if self.down_bias is None else self.down_bias[...]
 
 
 class Layer(nnx.Module):
@@ -106,10 +118,13 @@ class Layer(nnx.Module):
 
 
 class LayerStack(nnx.Module):
-    """The layers that `params` holds, in order: all of a model, or those of one pipeline stage."""
+    """The layers that `params` holds, in order: all of a model, or those of one pipeline stage.
 
-    def __init__(self, config: LlamaConfig, params: Params, layout: Layout):
-        self.config, self.placed = config, Activations(layout)
+    `reduction`: what sums the blocks' partial products over devices; None leaves it to the compiler.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Params, layout: Layout, reduction: Reduction | None = None):
+        self.config, self.placed, self.reduction = config, Activations(layout), reduction
         count = sum(name.endswith(".qkv") for name in params)
         self.layers = nnx.List([Layer(layer_params(params, i), config, self.placed) for i in range(count)])
 
@@ -124,14 +139,38 @@ class LayerStack(nnx.Module):
         """The residual stream after the layers. `rope_length`: see `cos_sin`."""
         cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
         x = self.placed.residual(x)
+        normed: jax.Array | None = None  # of x, where the reduction before it made it too
         for index, layer in enumerate(self.layers):
+            following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else None
             with jax.named_scope(f"layer{index}"):
                 with jax.named_scope("attention"):
-                    mixed = layer.attention(layer.attention_norm(x), cos, sin, lambda *qkv, i=index: attend(i, *qkv))
-                    x = self.placed.residual(x + self.placed.residual(mixed))
+                    normed = layer.attention_norm(x) if normed is None else normed
+                    mixed = layer.attention(normed, cos, sin, lambda *qkv, i=index: attend(i, *qkv))
+                    x, normed = self._leave(x, mixed, *layer.attention.leaving, layer.mlp_norm)
                 with jax.named_scope("mlp"):
-                    x = self.placed.residual(x + self.placed.residual(layer.mlp(layer.mlp_norm(x))))
+                    normed = layer.mlp_norm(x) if normed is None else normed
+                    x, normed = self._leave(x, layer.mlp(normed), *layer.mlp.leaving, following)
         return x
+
+    def _leave(
+        self,
+        x: Float[Array, "T D"],
+        hidden: Float[Array, "T E"],
+        weight: Float[Array, "E D"],
+        bias: Float[Array, " D"] | None,
+        norm: RMSNorm | None,
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None]:
+        """From a block back to the residual stream: that, and the next block's norm of it if it comes for free."""
+        if self.reduction is None:
+            out = hidden @ weight
+            out = out if bias is None else out + bias[None]
+            x = self.placed.residual(x + self.placed.residual(out))
+        elif bias is None and norm is not None:
+            return self.reduction.add_norm(x, hidden, weight, norm.scale[...], norm.eps)
+        else:
+            x = self.reduction.add(x, hidden, weight)
+            x = x if bias is None else x + bias[None]
+        return x, None
 
 
 class Llama(nnx.Module):

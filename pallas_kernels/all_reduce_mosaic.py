@@ -36,8 +36,9 @@ def all_reduce_mosaic(
     older than 0.11.
     """
     check_all_reduce(partial, mailbox, axis_name)
+    two_shot = _two_shot(partial, mailbox, two_shot)
     # As many blocks as possible: their rows need not be the message's.
-    even = packets.WARPGROUP * 16 // partial.dtype.itemsize * (_two_shot(partial, mailbox, two_shot) and len(mailbox) - 2 or 1)
+    even = packets.WARPGROUP * 16 // partial.dtype.itemsize * (mailbox.shape[0] - 2 if two_shot else 1)
     width = even if partial.size % even == 0 else partial.shape[1]
     [out] = _call(_store, partial.reshape(-1, width), (), 1, mailbox, two_shot)
     return out.reshape(partial.shape)
@@ -56,10 +57,17 @@ def all_reduce_add_norm_mosaic(
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """As `all_reduce_add_norm_reference`, in one kernel; see `all_reduce_mosaic`."""
     check_add_norm(partial, residual, scale, mailbox, axis_name)
-    total, normed = _call(
-        functools.partial(_add_norm, eps=eps), partial, (residual, scale), 2, mailbox, two_shot
-    )
+    finish = functools.partial(_add_norm, eps=eps)
+    total, normed = _call(finish, partial, (residual, scale), 2, mailbox, two_shot)
     return total, normed
+
+
+def check_all_reduce_mosaic(width: int, devices: int, dtype: Any) -> None:
+    """Raise ValueError unless rows of `width` can be sent in one shot, and in two by `devices`."""
+    if width % devices:
+        raise ValueError(f"all_reduce mosaic needs rows that {devices} devices divide: got {width}")
+    for size in (width, width // devices):
+        packets.layout(size, dtype)
 
 
 def _store(row: Any, pieces: list[tuple[Any, jax.Array]], _: Any, outs: Any) -> None:
@@ -89,15 +97,11 @@ def _call(
     rows_each = -(-num_rows // BLOCKS)
     blocks = -(-num_rows // rows_each)
     shape, wire = MailboxShape(devices), 2 * width * partial.dtype.itemsize
-    if rows_each * wire > shape.block_bytes:
-        largest = BLOCKS * (shape.block_bytes // wire)
-        raise ValueError(f"all_reduce mosaic takes at most {largest} rows of {width} {partial.dtype}: got {num_rows}")
+    if num_rows > (most := shape.max_rows(wire // 2)):
+        raise ValueError(f"all_reduce mosaic takes at most {most} rows of {width} {partial.dtype}: got {num_rows}")
     two_shot = _two_shot(partial, mailbox, two_shot)
-    if two_shot and width % devices:
-        raise ValueError(f"two shots need rows that {devices} devices divide: got {width}")
+    check_all_reduce_mosaic(width, devices if two_shot else 1, partial.dtype)
     piece = width // devices
-    for size in {width, piece if two_shot else width}:
-        packets.layout(size, partial.dtype)
 
     def body(x_ref: Any, mail: Any, *refs: Any) -> None:
         inputs, outs = refs[: len(others)], refs[len(others) :]

@@ -53,9 +53,7 @@ def check_all_reduce(partial: Array, mailbox: Array | None, axis_name: Hashable)
             raise ValueError(f"mailbox must be int32{wanted}: got {mailbox.dtype}{mailbox.shape}")
 
 
-def check_add_norm(
-    partial: Array, residual: Array, scale: Array, mailbox: Array | None, axis_name: Hashable
-) -> None:
+def check_add_norm(partial: Array, residual: Array, scale: Array, mailbox: Array | None, axis_name: Hashable) -> None:
     """Raise ValueError unless the arguments fit together."""
     check_all_reduce(partial, mailbox, axis_name)
     for name, array, shape in (("residual", residual, partial.shape), ("scale", scale, partial.shape[1:])):

@@ -22,7 +22,7 @@ class MailboxShape:
     """`devices` that send, and the bytes of packets that a block of a sender may have on their way in one call."""
 
     devices: int
-    block_bytes: int = 32 * 1024
+    block_bytes: int = 64 * 1024
 
     @property
     def half_bytes(self) -> int:
@@ -32,6 +32,10 @@ class MailboxShape:
     @property
     def num_bytes(self) -> int:
         return COUNTER_BYTES + self.devices * 2 * self.half_bytes
+
+    def max_rows(self, row_bytes: int) -> int:
+        """The most rows of so many bytes that a call may have; they travel as twice as many."""
+        return BLOCKS * (self.block_bytes // (2 * row_bytes))
 
     def address_table(self, bases: Sequence[int], rank: int) -> np.ndarray:
         """What device `rank` must know, int32 [devices + 2, 2], of mailboxes at `bases`: in row r the address of its

@@ -148,7 +148,7 @@ def _entry(table: Any, row: int) -> Any:
 
 def _thread_offset(offset: Any) -> Any:
     """Byte of this thread's first line."""
-    mgpu, arith, gpu, ir = _mosaic(), _dialect("arith"), _dialect("gpu"), _ir()
+    mgpu, arith, gpu = _mosaic(), _dialect("arith"), _dialect("gpu")
     thread = arith.index_cast(_i64(), gpu.thread_id(gpu.Dimension.x))
     return arith.addi(arith.extui(_i64(), _value(offset)), arith.muli(thread, mgpu.c(LINE_BYTES, _i64())))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from paddock.pallas_kernels.mailbox import MailboxShape
+from paddock.pallas_kernels import MailboxShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from paddock.model import LayerStack
 
 from .kv_cache import KVCache
 from .paged_attention import PagedAttention
+from .reductions import reduction_of
 from .step_input import PackedLayout, StepInput
 from .step_plan import StepPlan
 
@@ -42,7 +43,8 @@ def run_layers(
     if between_stages is None:
         inputs = packing.unpack(packed)
         attend = PagedAttention(plan, cache, inputs, page_table)
-        x = LayerStack(plan.config, layers, plan.layout)(x, attend.position, attend)
+        reduction = reduction_of(plan, params, x.shape[0])
+        x = LayerStack(plan.config, layers, plan.layout, reduction)(x, attend.position, attend)
         return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
 
     axes = plan.layout.rules.layers

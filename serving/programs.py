@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from paddock.model import slot_specs
+from paddock.model import reduction_axes, slot_specs
 
 from .bucket import Bucket, BucketTable
 from .kv_cache import KVCache, abstract_cache, cache_spec
+from .mailboxes import abstract_table
+from .reductions import MAILBOXES
 from .sampler import Sampled
 from .step import bind, edit_bias, score_rows, step
 from .step_input import PackedLayout
@@ -43,7 +45,10 @@ class Programs:
     @functools.cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         specs = slot_specs(self.plan.config, self.plan.layout, self.plan.dtype)
-        return {name: self.plan.layout.abstract(spec) for name, spec in specs.items()}
+        params = {name: self.plan.layout.abstract(spec) for name, spec in specs.items()}
+        if self.plan.has_mailboxes:
+            params[MAILBOXES] = abstract_table(self.plan.layout.mesh, reduction_axes(self.plan.layout))
+        return params
 
     @functools.cached_property
     def cache(self) -> KVCache:

@@ -26,6 +26,7 @@ from .engine_config import EngineConfig
 from .footprint import MAX_CHUNKS, SLACK, Footprint, free_bytes, refuse_too_large
 from .kv_cache import page_bytes
 from .programs import Programs
+from .reductions import choose_all_reduce
 from .sampling_params import SamplingParams
 from .step_plan import StepPlan
 
@@ -113,14 +114,17 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         num_logprobs=min(config.max_logprobs, model.vocab_size),
         decode_attention=config.decode_attention,
         prefill_attention=config.prefill_attention,
+        all_reduce=config.all_reduce,
         deterministic=config.deterministic,
     )
     logger.info(
-        "%s on %s, %s, %s decode; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, %d tokens a step",
+        "%s on %s, %s, %s decode, %s all-reduces; %d pages of %d tokens (%.2f GiB per device); %d sequences of %d, "
+        "%d tokens a step",
         config.model or "the bundled model",
         dict(layout.mesh.shape),
         dtype,
         plan.decode_attention,
+        plan.all_reduce,
         num_pages,
         config.block_size,
         num_pages * per_page / GIB,
@@ -143,6 +147,7 @@ def plan_steps(
     num_logprobs: int = 0,
     decode_attention: str = "auto",
     prefill_attention: str = "auto",
+    all_reduce: str = "xla",
     deterministic: bool = False,
 ) -> tuple[StepPlan, BucketTable]:
     """What steps have in common, and the shapes they come in. The layout's devices need not be there: described ones do
@@ -183,6 +188,7 @@ def plan_steps(
         decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
         prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
         branches=on_cpu and not deterministic,
+        all_reduce=choose_all_reduce(all_reduce, layout, model.embed_dim, kind),
         deterministic=deterministic,
     )
     buckets = BucketTable.of(
