@@ -11,8 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from paddock.model import reduction_axes
+
 from .bucket import Bucket
 from .compiler import Compiler
+from .mailboxes import Mailboxes
 from .outputs import Logprob, TokenLogprobs
 from .pack import Group, Packer, lay_out
 from .pipeline import Params
@@ -20,6 +23,7 @@ from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
 from .scheduler import Schedule
 from .sequence import Sequence
 from .step_plan import StepOutput
+from .step_products import MAILBOXES
 
 
 @dataclasses.dataclass
@@ -74,6 +78,12 @@ class Executor:
         # What is at each pipeline stage, the latest to enter first; without stages only what was sent last.
         self._groups: deque[Group | None] = deque([None] * self.plan.stages.count, maxlen=self.plan.stages.count)
         self.cache, self.state = self.compiled["allocate"]()
+        self._open_mailboxes()
+
+    def _open_mailboxes(self) -> None:
+        if self.plan.has_mailboxes:
+            self._mailboxes = Mailboxes.open(self.plan.layout.mesh, reduction_axes(self.plan.layout))
+            self.params = {**self.params, MAILBOXES: self._mailboxes.table}
 
     @property
     def num_compilations(self) -> int:
@@ -90,6 +100,7 @@ class Executor:
         _delete((self.cache, self.state))
         self._groups.extend([None] * len(self._groups))
         self.cache, self.state = self.compiled["allocate"]()
+        self._open_mailboxes()  # devices may have stopped in different calls
 
     @property
     def in_flight(self) -> bool:

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from paddock.model import slot_specs
+from paddock.model import reduction_axes, slot_specs
 
 from .bucket import Bucket, BucketTable
 from .compiler import Job
 from .kv_cache import KVCache, abstract_cache, cache_spec
+from .mailboxes import abstract_table
 from .sampler import Sampled
 from .step import bind, edit_bias, resample, score_rows, step
 from .step_input import PackedLayout
 from .step_plan import StepOutput, StepPlan, StepState
+from .step_products import MAILBOXES
 
 # From so many rows on XLA's products come from cuBLAS alone. Fewer rows stream weights faster through its Triton
 # kernels (H100, a layer of the 8B shape: 166 against 180 us at 1 row, 175 and 174 at 32, 239 against 229 at 256), each
@@ -41,7 +43,10 @@ class Programs:
     @functools.cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         specs = slot_specs(self.plan.config, self.plan.layout, self.plan.dtype)
-        return {name: self.plan.layout.abstract(spec) for name, spec in specs.items()}
+        params = {name: self.plan.layout.abstract(spec) for name, spec in specs.items()}
+        if self.plan.has_mailboxes:
+            params[MAILBOXES] = abstract_table(self.plan.layout.mesh, reduction_axes(self.plan.layout))
+        return params
 
     @functools.cached_property
     def cache(self) -> KVCache:

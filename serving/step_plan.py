@@ -38,6 +38,7 @@ class StepOutput(NamedTuple):
 class StepPlan:
     """What every executable of an engine has in common. `max_decodes` is the most decoding rows of a step.
 
+    `products`: `mosaic` for `LocalProducts`. `all_reduce`: see `step_products`.
     `deterministic`: decoding rows attend as chunks of one token do, since a preempted sequence's tokens come back so.
     """
 
@@ -53,6 +54,8 @@ class StepPlan:
     decode_attention: str
     prefill_attention: str
     branches: bool
+    products: str = "xla"
+    all_reduce: str = "xla"
     deterministic: bool = False
 
     @property
@@ -67,6 +70,11 @@ class StepPlan:
     def num_partitions(self) -> int:
         """Pieces that the rule `batch` cuts the engine's sequences into."""
         return self.layout.num_shards("batch")
+
+    @property
+    def has_mailboxes(self) -> bool:
+        """Whether devices write into each other's memory; steps then take the table of its addresses."""
+        return self.all_reduce == "mosaic"
 
     def state_specs(self) -> StepState:
         """The state as `ArraySpec`s."""
