@@ -41,6 +41,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(scale)
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -64,17 +65,20 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array]
     ) -> Float[Array, "T D"]:
-        qkv = project(self.placed.entering(x, "q_heads"), self.qkv[...])
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...][None]
+        with jax.named_scope("qkv"):
+            qkv = project(self.placed.entering(x, "q_heads"), self.qkv[...])
+            if self.qkv_bias is not None:
+                qkv = qkv + self.qkv_bias[...][None]
         num_tokens, kv_heads, _, head_dim = qkv.shape
         # Keys are rotated with the queries: one rotation over [T, K*(G+1), h].
-        rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
+        with jax.named_scope("rope"):
+            rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
         rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
         mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
-        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
-        return out if self.out_bias is None else out + self.out_bias[...][None]
+        with jax.named_scope("out"):
+            out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
+            return out if self.out_bias is None else out + self.out_bias[...][None]
 
 
 class Mlp(nnx.Module):
@@ -89,12 +93,14 @@ class Mlp(nnx.Module):
         self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        both = project(self.placed.entering(x, "mlp"), self.gate_up[...])
-        if self.gate_up_bias is not None:
-            both = both + self.gate_up_bias[...][None]
-        hidden = jax.nn.silu(both[..., 0]) * both[..., 1]
-        out = project(self.placed.inside(hidden, "mlp"), self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[...][None]
+        with jax.named_scope("gate_up"):
+            both = project(self.placed.entering(x, "mlp"), self.gate_up[...])
+            if self.gate_up_bias is not None:
+                both = both + self.gate_up_bias[...][None]
+            hidden = jax.nn.silu(both[..., 0]) * both[..., 1]
+        with jax.named_scope("down"):
+            out = project(self.placed.inside(hidden, "mlp"), self.down[...])
+            return out if self.down_bias is None else out + self.down_bias[...][None]
 
 
 class Layer(nnx.Module):

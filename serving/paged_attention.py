@@ -62,18 +62,20 @@ class PagedAttention:
         self, q: jax.Array, k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array, tables: tuple
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         writes, decodes, chunks = tables
-        k_pool, v_pool = append(k_pool, k, *writes), append(v_pool, v, *writes)
+        with jax.named_scope("append"):
+            k_pool, v_pool = append(k_pool, k, *writes), append(v_pool, v, *writes)
         flat, scale = q.reshape(q.shape[0], -1, q.shape[-1]), self.plan.config.head_dim**-0.5
         num_decodes = decodes[1].shape[0]
         parts = []
         if self.plan.deterministic and num_decodes:
             return self._all_as_chunks(flat, k_pool, v_pool, decodes, chunks).reshape(q.shape), k_pool, v_pool
-        if num_decodes:
-            decode = DECODE_ATTENTION[self.plan.decode_attention]
-            parts.append(decode(flat[:num_decodes], k_pool, v_pool, *decodes, scale=scale))
-        if flat.shape[0] > num_decodes:
-            prefill = PREFILL_ATTENTION[self.plan.prefill_attention]
-            parts.append(prefill(flat[num_decodes:], k_pool, v_pool, *chunks, scale=scale))
+        with jax.named_scope("attend"):
+            if num_decodes:
+                decode = DECODE_ATTENTION[self.plan.decode_attention]
+                parts.append(decode(flat[:num_decodes], k_pool, v_pool, *decodes, scale=scale))
+            if flat.shape[0] > num_decodes:
+                prefill = PREFILL_ATTENTION[self.plan.prefill_attention]
+                parts.append(prefill(flat[num_decodes:], k_pool, v_pool, *chunks, scale=scale))
         out = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
         return out.reshape(q.shape), k_pool, v_pool
 
