@@ -3,20 +3,21 @@
     python benchmarks/host.py
     python benchmarks/host.py --model "" --load-format auto --max-model-len 512 --batch-sizes 2    (bundled model)
 
-`host_us` is the CPU time of the engine's thread a step (Python, dispatch and delivery; waiting for the device takes
-none), read in that thread between the tokens of one sequence; on a CPU small parts of the model run in that thread too.
-`idle` is the share of a profile's middle in which no kernel ran on the first GPU (jax.profiler; none on CPU). The last
+`python_us` is the CPU time of the engine's thread a step but for `launch_us`, which it spends inside the compiled call,
+in XLA (waiting for the device takes none); both are read in that thread, between the tokens of one sequence. On a CPU
+parts of the model run in that call too. `idle` is the share of a profile's middle in which no kernel ran on the first
+GPU, with command buffers as without a profiler (`paddock bench latency --profile` says more; none on CPU). The last
 line is JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,55 @@ from offline import Row, make_parser, open_llm, report
 
 from paddock.serving import LLM
 from paddock.serving.bench_offline import fixed_length
+from paddock.serving.bench_profile import AS_USUAL, decode_bucket
 from paddock.serving.bench_workload import Job, random_prompt
+from paddock.serving.step_trace import StepTrace, record
 
 # Tokens at both ends that do not count: some sequences are still in prefill, or have ended.
 EDGE = 8
-# Share of a profile that is cut off at each end, where the profiler itself starts and stops.
-MARGIN = 0.2
+
+
+class Launches:
+    """CPU seconds that the calling thread has spent in compiled calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.thread_time()
+            result = fn(*arguments)
+            self.seconds += time.thread_time() - start
+            return result
+
+        return call
+
+
+@contextlib.contextmanager
+def launches_of(llm: LLM) -> Iterator[Launches]:
+    """Counts all calls of the engine's programs meanwhile."""
+    compiled = llm.engine.replicas[0].executor.compiled
+    launches, programs = Launches(), dict(compiled)
+    compiled.update((key, launches.timed(program)) for key, program in programs.items())
+    try:
+        yield launches
+    finally:
+        compiled.update(programs)
 
 
 class Marks:
     """Times of one sequence's tokens, taken in the engine's thread."""
 
-    def __init__(self, expected: int):
+    def __init__(self, launches: Launches):
         self.wall: list[float] = []
         self.cpu: list[float] = []
-        self._expected = expected
-        self.settled, self.ending = threading.Event(), threading.Event()
+        self.launch: list[float] = []
+        self._launches = launches
 
     def __call__(self, _: Any) -> None:
         self.wall.append(time.perf_counter())
         self.cpu.append(time.thread_time())
-        if len(self.wall) == EDGE:
-            self.settled.set()
-        if len(self.wall) >= self._expected * 3 // 4:
-            self.ending.set()
+        self.launch.append(self._launches.seconds)
 
     def per_step(self, times: list[float]) -> float:
         """Seconds a token over the middle of the sequence: several tokens that come at once count as one step each."""
@@ -56,69 +82,51 @@ class Marks:
         return (middle[-1] - middle[0]) / (len(middle) - 1)
 
 
-def run(llm: LLM, jobs: list[Job], draw: random.Random, trace: Path | None = None) -> Marks:
-    """One batch; the marks are those of its last sequence. With `trace`, the middle goes into a profile there."""
-    marks = Marks(jobs[-1].output_len)
+def run(llm: LLM, jobs: list[Job], draw: random.Random, launches: Launches) -> Marks:
+    """One batch; the marks are those of its last sequence."""
+    marks = Marks(launches)
     streams = []
     for job in jobs:
         prompt = random_prompt(job, llm.engine.vocab_size, draw)
         on_event = marks if job is jobs[-1] else None
         kind = "delta" if on_event else "final"  # a "final" output brings one event, at its end
         streams.append(llm.engine.submit(prompt, fixed_length(job), output_kind=kind, on_event=on_event))
-    if trace is not None:
-        marks.settled.wait()
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
-        options.host_tracer_level = 1
-        jax.profiler.start_trace(trace, profiler_options=options)
-        marks.ending.wait()
-        jax.profiler.stop_trace()
     for stream in streams:
         for _ in stream:
             pass
     return marks
 
 
-def covered(spans: Iterable[tuple[float, float]], start: float, end: float) -> float:
-    """Length of the union of `spans` within [start, end]."""
-    total, reached = 0.0, start
-    for low, high in sorted(spans):
-        low, high = max(low, reached), min(high, end)
-        if high > low:
-            total, reached = total + high - low, high
-    return total
-
-
-def idle_share(trace: Path) -> float | None:
-    """Share of the profile's middle in which the first GPU ran nothing; None without a GPU in it."""
-    (file,) = trace.rglob("*.xplane.pb")
-    plane = jax.profiler.ProfileData.from_file(str(file)).find_plane_with_name("/device:GPU:0")
-    if plane is None:
+def idle_share(llm: LLM, jobs: list[Job], draw: random.Random) -> float | None:
+    """Share of decode in which the first GPU runs nothing; None without one."""
+    if jax.default_backend() != "gpu":
         return None
-    spans = [
-        (event.start_ns, event.start_ns + event.duration_ns)
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
-    first, last = min(low for low, _ in spans), max(high for _, high in spans)
-    start, end = first + MARGIN * (last - first), last - MARGIN * (last - first)
-    return 1 - covered(spans, start, end) / (end - start)
+    executor, bucket = llm.engine.replicas[0].executor, decode_bucket(llm.engine, len(jobs))
+    usual = executor.compiled[bucket]
+    executor.compiled[bucket] = executor.programs.compile_step(bucket, AS_USUAL)
+    prompts = [random_prompt(job, llm.engine.vocab_size, draw) for job in jobs]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            record(llm.engine, jobs, prompts, Path(folder))
+            return StepTrace.read(Path(folder)).idle_share()
+    finally:
+        executor.compiled[bucket] = usual
 
 
 def measure(llm: LLM, batch: int, input_len: int, output_len: int, reps: int, draw: random.Random) -> Row:
     # Objects of their own: the last one is told from the others by identity.
     jobs = [Job(input_len, output_len) for _ in range(batch)]
-    run(llm, jobs, draw)
-    marks = [run(llm, jobs, draw) for _ in range(reps)]
-    with tempfile.TemporaryDirectory() as folder:
-        run(llm, jobs, draw, Path(folder))
-        idle = idle_share(Path(folder))
+    with launches_of(llm) as launches:
+        run(llm, jobs, draw, launches)
+        marks = [run(llm, jobs, draw, launches) for _ in range(reps)]
+    launch = [mark.per_step(mark.launch) for mark in marks]
+    python = [mark.per_step(mark.cpu) - inside for mark, inside in zip(marks, launch, strict=True)]
     return {
         "B": batch,
         "step_ms": statistics.median(mark.per_step(mark.wall) for mark in marks) * 1e3,
-        "host_us": statistics.median(mark.per_step(mark.cpu) for mark in marks) * 1e6,
-        "idle": idle,
+        "python_us": statistics.median(python) * 1e6,
+        "launch_us": statistics.median(launch) * 1e6,
+        "idle": idle_share(llm, jobs, draw),
     }
 
 

@@ -7,11 +7,13 @@ from .hub import bundled_model, resolve_model
 from .load import LOAD_FORMATS, convert, detect_format, load
 from .orbax_folder import load_orbax, save_orbax
 from .safetensors_folder import load_params, save_safetensors
+from .weights_cache import WeightsCache
 
 __all__ = [
     "LOAD_FORMATS",
     "CheckpointError",
     "GenerationConfig",
+    "WeightsCache",
     "bundled_model",
     "convert",
     "detect_format",

@@ -14,6 +14,7 @@ from .dummy import init_dummy_params
 from .errors import CheckpointError
 from .orbax_folder import PARAMS, check_empty, load_orbax, save_orbax
 from .safetensors_folder import load_params
+from .weights_cache import WeightsCache
 
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 
@@ -42,10 +43,12 @@ def load(
     *,
     seed: int = 0,
     progress: bool = False,
+    cache: WeightsCache | None = None,
 ) -> dict[str, jax.Array]:
     """The arrays of `slot_specs(config, layout, dtype)`; `load_format` is one of LOAD_FORMATS.
 
-    "dummy" makes random weights from `seed` and reads nothing. Raises ValueError on an unknown format, CheckpointError
+    "dummy" makes random weights from `seed` and reads nothing. Safetensors come by way of `cache`, if there is one, and
+    leave what they were converted to there. Raises ValueError on an unknown format, CheckpointError
     when the folder does not fit.
     """
     if load_format not in LOAD_FORMATS:
@@ -55,7 +58,8 @@ def load(
     elif (detect_format(folder) if load_format == "auto" else load_format) == "orbax":
         params = load_orbax(folder, config, layout, dtype)
     else:
-        params = load_params(folder, config, layout, dtype, progress=progress)
+        convert = lambda: load_params(folder, config, layout, dtype, progress=progress)
+        params = convert() if cache is None else cache.load(folder, config, layout, dtype, convert)
     return stack_stages(config, layout, params)
 
 

@@ -35,6 +35,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(scale)
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -59,9 +60,10 @@ class Attention(nnx.Module):
         self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array], products: Products
     ) -> Float[Array, "T E"]:
         """The heads' rows, E = K*G*h, that `leaving` is still to bring back to the residual stream."""
-        qkv = products.project(self.placed.entering(x, "q_heads"), self.qkv[...])
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...][None]
+        with jax.named_scope("qkv"):
+            qkv = products.project(self.placed.entering(x, "q_heads"), self.qkv[...])
+            if self.qkv_bias is not None:
+                qkv = qkv + self.qkv_bias[...][None]
         mixed = attend(qkv, cos, sin)
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
         return mixed.reshape(x.shape[0], -1)
@@ -87,7 +89,9 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], products: Products) -> Float[Array, "T F"]:
         """The hidden rows, that `leaving` is still to bring back to the residual stream."""
         bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
-        return self.placed.inside(products.swiglu(self.placed.entering(x, "mlp"), self.gate_up[...], bias), "mlp")
+        with jax.named_scope("gate_up"):
+            hidden = products.swiglu(self.placed.entering(x, "mlp"), self.gate_up[...], bias)
+        return self.placed.inside(hidden, "mlp")
 
     @property
     def leaving(self) -> tuple[jax.Array, jax.Array | None]:
@@ -129,11 +133,13 @@ class LayerStack(nnx.Module):
                 with jax.named_scope("attention"):
                     normed = layer.attention_norm(x) if normed is None else normed
                     mixed = layer.attention(normed, cos, sin, lambda *qkv, i=index: attend(i, *qkv), self.products)
-                    x, normed = self._leave(x, mixed, *layer.attention.leaving, layer.mlp_norm)
+                    with jax.named_scope("out"):
+                        x, normed = self._leave(x, mixed, *layer.attention.leaving, layer.mlp_norm)
                 with jax.named_scope("mlp"):
                     normed = layer.mlp_norm(x) if normed is None else normed
                     hidden = layer.mlp(normed, self.products)
-                    x, normed = self._leave(x, hidden, *layer.mlp.leaving, following)
+                    with jax.named_scope("down"):
+                        x, normed = self._leave(x, hidden, *layer.mlp.leaving, following)
         return x
 
     def _leave(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench_offline import run_jobs
+from .bench_profile import profile
 from .bench_report import Timing, report, spread, summary
 from .bench_workload import Workload, parse_lengths
 from .cli_engine import running_engine
@@ -24,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--num-iters must be at least 1 and --num-iters-warmup at least 0")
     with running_engine(engine_config(args)) as engine:
         result = measure(engine, workload, args.num_iters, args.num_iters_warmup, args.seed)
+        if args.profile:
+            result |= profile(engine, workload.jobs(args.seed), args.seed, Path(args.profile))
         head = {"benchmark": "latency", "model": engine.model_name, "device": describe_devices()}
         report(f"Latency of {engine.model_name}", {**head, **result})
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from paddock.checkpoints import load
+from paddock.checkpoints import WeightsCache, load
 
 from .chat_template import ChatTemplate
 from .compiler import Compiler, CompileReport
@@ -57,6 +57,8 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
         prepare(config)
         resolved = resolve(config, replica=replica)
         tokenizer, chat_template = _text_side(config, resolved)
+    if config.cache_weights and jax.process_count() > 1:
+        raise ValueError("cache_weights is for one process; over several give each an Orbax folder (paddock convert)")
     with phase("load"):
         folder = resolved.folder or Path()
         params = load(
@@ -67,6 +69,7 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
             config.load_format,
             seed=config.seed,
             progress=progress,
+            cache=WeightsCache(cache_dir(config) / "weights") if config.cache_weights else None,
         )
     with phase("compile"):
         compiler = Compiler(_program_cache(config, resolved.programs), progress=progress)

@@ -113,6 +113,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     latency.add_argument(
         "--num-iters-warmup", type=int, default=1, metavar="N", help="runs before (default: %(default)s)"
     )
+    latency.add_argument(
+        "--profile", metavar="FOLDER", help="write a profile for XProf or Perfetto, and say where a step's time goes"
+    )
     _add_lengths(latency, 32, 128)
     add_engine_flags(latency)
 

@@ -79,6 +79,9 @@ class EngineConfig:
         "tokens and logprobs bitwise the same alone and in any batch: each step runs the largest program",
     )
     compile_cache_dir: str | None = option(None, "folder of compiled programs; auto: ~/.cache/paddock/compiled")
+    cache_weights: bool = option(
+        False, "keep safetensors as converted in compile_cache_dir, as large as they are, for the next start"
+    )
 
     def __post_init__(self) -> None:
         self._check_types()

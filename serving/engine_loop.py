@@ -75,7 +75,7 @@ class EngineLoop:
         built = self._peers.build(config, replica=replica, progress=progress)
         self._start(built.engine, built.executor.release, replica)
         self.config = config
-        self.startup_seconds = built.startup_seconds
+        self.startup_seconds, self.compiling = built.startup_seconds, built.compiling
         self.model_name = config.served_model_name or config.model or "paddock-demo"
         self.tokenizer, self.chat_template = built.tokenizer, built.chat_template
         self.default_params = built.resolved.default_params

@@ -78,22 +78,30 @@ class PagedAttention:
         # What the Mosaic decode kernel runs on, those that append do too.
         kernels = "mosaic" if plan.decode_attention == "mosaic" else "reference"
         if kernels == "mosaic" and num_decodes == qkv.shape[0] and not plan.deterministic:
-            return DECODE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *decodes, scale=scale)
-        q, k_pool, v_pool = ROTATE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *writes)
-        flat = q.reshape(q.shape[0], -1, q.shape[-1])
+            with jax.named_scope("attend"):
+                return DECODE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *decodes, scale=scale)
+        with jax.named_scope("append"):
+            q, k_pool, v_pool = ROTATE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *writes)
+        with jax.named_scope("attend"):
+            out = self._attend(q.reshape(q.shape[0], -1, q.shape[-1]), k_pool, v_pool, decodes, chunks)
+        return out.reshape(q.shape), k_pool, v_pool
+
+    def _attend(self, q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, decodes: Any, chunks: Any) -> jax.Array:
+        """q [T H h] through pages that hold the step's own keys and values already."""
+        plan, num_decodes = self.plan, decodes[1].shape[0]
         attend = functools.partial(self._attend_chunks, k_pool=k_pool, v_pool=v_pool)
         if plan.deterministic:
-            return attend(flat, _with_decodes(decodes, chunks)).reshape(q.shape), k_pool, v_pool
+            return attend(q, _with_decodes(decodes, chunks))
         if not num_decodes:
-            return attend(flat, chunks).reshape(q.shape), k_pool, v_pool
+            return attend(q, chunks)
         decode = DECODE_ATTENTION[plan.decode_attention]
-        out = decode(flat[:num_decodes], k_pool, v_pool, *decodes, scale=scale)
-        if plan.prefill_attention == "mosaic" and num_decodes < flat.shape[0]:
+        out = decode(q[:num_decodes], k_pool, v_pool, *decodes, scale=plan.config.head_dim**-0.5)
+        if num_decodes == q.shape[0]:
+            return out
+        if plan.prefill_attention == "mosaic":
             # Rows of no chunk cost it nothing: a few are filled in, where else all the others would be copied twice.
-            out = attend(flat, _shifted(chunks, num_decodes)).at[:num_decodes].set(out)
-        elif num_decodes < flat.shape[0]:
-            out = jnp.concatenate([out, attend(flat[num_decodes:], chunks)])
-        return out.reshape(q.shape), k_pool, v_pool
+            return attend(q, _shifted(chunks, num_decodes)).at[:num_decodes].set(out)
+        return jnp.concatenate([out, attend(q[num_decodes:], chunks)])
 
     def _attend_chunks(self, q: jax.Array, chunks: tuple, *, k_pool: jax.Array, v_pool: jax.Array) -> jax.Array:
         prefill = PREFILL_ATTENTION[self.plan.prefill_attention]

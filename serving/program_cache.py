@@ -61,6 +61,7 @@ class ProgramCache:
         # Whatever a backend says to an executable that it cannot take.
         except Exception as error:
             logger.warning("compiled program %s in %s is made again: %s", path.name[:12], path.parent, error)
+            path.unlink(missing_ok=True)
             return None
 
     def save(self, key: object, options: Mapping[str, Any], compiled: jax.stages.Compiled) -> None:

@@ -52,7 +52,7 @@ def test_prefill(run: Any) -> None:
 def test_host(run: Any) -> None:
     (row,) = run("host", "--batch-sizes", "2", "--input-len", "4", "--output-len", "40")["rows"]
     assert row["idle"] is None  # no GPU in the profile
-    assert 0 < row["host_us"] <= 1.1e3 * row["step_ms"]
+    assert 0 < row["python_us"] < row["python_us"] + row["launch_us"] <= 1.1e3 * row["step_ms"]
 
 
 def test_matmul(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,9 +64,3 @@ def test_matmul(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert [row["product"] for row in rows] == ["qkv", "gate_up"]
     for row, size in zip(rows, (576 * 960 * 2, 576 * 3072 * 2), strict=True):
         assert row["xla_gb_s"] == pytest.approx(size / row["xla_us"] / 1e3)
-
-
-def test_idle_time_is_what_no_kernel_covers(run: Any) -> None:
-    covered = importlib.import_module("host").covered
-    assert covered([(0, 2), (1, 3), (5, 6), (8, 20)], 1, 10) == 2 + 1 + 2
-    assert covered([], 0, 1) == 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from paddock.serving.compiler import CompileReport
 from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
 from paddock.serving.metrics import Metrics, MetricsPage
 from paddock.serving.outputs import CompletionOutput, Logprob, RequestOutput, RequestTimes, TokenLogprobs
@@ -173,6 +174,7 @@ class FakeEngine:
         self.hangs = False
         self.shutdown_graces: list[float] = []
         self.startup_seconds = {"load": 0.5, "compile": 1.5}
+        self.compiling = CompileReport(num_found=3, num_lowered=2, num_compiled=1)
 
     def submit(
         self,

@@ -320,7 +320,8 @@ def test_bench_startup(engine, capsys):
     assert main(["bench", "startup"]) == 0
     result = last_json(capsys)
     assert (result["load_s"], result["compile_s"]) == (0.5, 1.5)
-    assert set(result) >= {"process_s", "import_s", "ready_s", "first_token_s"}
+    assert set(result) >= {"process_s", "import_s", "ready_s", "lower_s", "xla_thread_s", "first_token_s"}
+    assert [result[f"programs_{how}"] for how in ("found", "lowered", "compiled")] == [3, 2, 1]
 
 
 def test_bench_serve(engine, url, capsys):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import assert_nothing_leaked, assert_same_tokens, greedy, prompts_of, tiny_llm, tokens_of
 
 from paddock.model import Dims, LlamaConfig
-from paddock.serving import LLM, RequestOutput, SamplingParams
+from paddock.serving import LLM, RequestOutput, SamplingParams, resolve
+from paddock.serving.bucket import BucketTable
 from paddock.serving.errors import RequestFailed
 from paddock.serving.kv_cache import page_bytes
+from paddock.serving.resolve import plan_steps
+from paddock.serving.step_plan import StepPlan
 from paddock.sharding import Layout
 
 LENGTHS = (5, 1, 40, 13, 4, 27, 3, 8)
@@ -34,15 +38,25 @@ def one_device(golden: Path) -> Iterator[dict[str, list[RequestOutput]]]:
         yield {kind: llm.generate(prompts, params, use_tqdm=False) for kind, params in KINDS.items()}
 
 
-@pytest.fixture(scope="module", params=["pipe=2,tensor=2", "x=2"])
+def with_two_samplers(*args: Any, **options: Any) -> tuple[StepPlan, BucketTable]:
+    """As on a GPU: no branches, and the sampler's slow half in programs of their own."""
+    plan, buckets = plan_steps(*args, **options)
+    return dataclasses.replace(plan, branches=False), dataclasses.replace(buckets, full=False)
+
+
+@pytest.fixture(scope="module", params=["pipe=2,tensor=2", "x=2", "tensor=2, two samplers"])
 def split(golden: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     """Few pages: some sequences are preempted, also with rows between stages."""
-    rules = "batch=x" if request.param == "x=2" else ""
-    config, layout = LlamaConfig.from_file(golden / "gqa" / "config.json"), Layout.build(request.param, rules)
+    mesh, _, two_samplers = request.param.partition(", ")
+    rules = "batch=x" if mesh == "x=2" else ""
+    config, layout = LlamaConfig.from_file(golden / "gqa" / "config.json"), Layout.build(mesh, rules)
     cache = 20 * page_bytes(Dims.of(config, layout), layout, 4, "float32")
-    with tiny_llm(
-        golden / "gqa", mesh=request.param, rules=rules, max_model_len=68, kv_cache_memory_bytes=cache
-    ) as llm:
+    with pytest.MonkeyPatch.context() as patch:
+        if two_samplers:
+            patch.setattr(resolve, "plan_steps", with_two_samplers)
+        llm = tiny_llm(golden / "gqa", mesh=mesh, rules=rules, max_model_len=68, kv_cache_memory_bytes=cache)
+    with llm:
+        assert any(isinstance(key, tuple) for key in llm.engine.replicas[0].executor.compiled) == bool(two_samplers)
         yield llm
 
 

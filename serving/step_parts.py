@@ -1,0 +1,101 @@
+"""Where a decode step's time goes, part by part, each beside the least that it could take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from paddock.sharding.accelerators import Accelerator, accelerators
+
+from .executor import Executor
+from .roofline import PRODUCTS, kv_bytes_per_token
+from .step_trace import StepTrace
+from .text_table import text_table
+
+# Scopes of model and step, in the order in which a layer runs; the innermost counts.
+PARTS = ("embed", "norm", "qkv", "rope", "append", "attend", "out", "gate_up", "down", "stages", "head", "sample")
+RESIDUAL, OTHER, UNATTRIBUTED = "residual", "other", "unattributed"
+_NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """`kernels` and `seconds` a step; `floor` in seconds is None where nothing but activations is read."""
+
+    name: str
+    kernels: float
+    seconds: float
+    share: float
+    floor: float | None
+
+    @property
+    def row(self) -> tuple[Any, ...]:
+        floor = None if self.floor is None else self.floor * 1e6
+        of_floor = None if not floor or not self.seconds else f"{100 * floor / (self.seconds * 1e6):.0f}%"
+        return self.name, round(self.kernels, 1), self.seconds * 1e6, f"{100 * self.share:.1f}%", floor, of_floor
+
+
+def part_of_instruction(hlo_text: str) -> dict[str, str]:
+    """The part of each instruction of a compiled step, by its scopes. A fusion is where its root is."""
+    return {name: _part(op_name) for name, op_name in _NAMED.findall(hlo_text)}
+
+
+def _part(op_name: str) -> str:
+    scopes = op_name.split("/")
+    if inner := next((scope for scope in reversed(scopes) if scope in PARTS), None):
+        return inner
+    return RESIDUAL if any(re.fullmatch(r"layer\d+", scope) for scope in scopes) else OTHER
+
+
+def parts_of(trace: StepTrace, parts: Mapping[str, str], floors: Mapping[str, float]) -> list[Part]:
+    """Kernels are told apart by the instruction that they were launched for, or else by a name of their own that is an
+    instruction's."""
+    by_name = {name.replace(".", "_").replace("-", "_"): part for name, part in parts.items()}
+    counts: dict[str, list[float]] = {}
+    for kernel in trace.kernels:
+        part = parts.get(kernel.op) or by_name.get(kernel.name) or UNATTRIBUTED
+        one = counts.setdefault(part, [0, 0.0])
+        one[0] += 1
+        one[1] += kernel.busy_ns * 1e-9
+    total, steps = sum(seconds for _, seconds in counts.values()), trace.num_steps
+    order = [*PARTS, RESIDUAL, OTHER, UNATTRIBUTED]
+    return [
+        Part(name, counts[name][0] / steps, counts[name][1] / steps, counts[name][1] / total, floors.get(name))
+        for name in order
+        if name in counts
+    ]
+
+
+def part_floors(executor: Executor, rows: int, context: float) -> dict[str, float]:
+    """Seconds of each part that reads weights or cache: bytes over bandwidth or operations over rate of the device's
+    entry in the accelerator table, whichever is more. Empty for a device that is not there."""
+    plan = executor.plan
+    card = _card(plan.layout.mesh.devices.flat[0])
+    if card is None:
+        return {}
+    sizes: dict[str, list[float]] = {}
+    head = "head" if "head" in executor.params else "embed"
+    for name, array in executor.params.items():
+        kind = "head" if name == head else name.rpartition(".")[2]
+        if kind in PRODUCTS or kind == "head":
+            count = math.prod(array.sharding.shard_shape(array.shape))
+            one = sizes.setdefault(kind, [0.0, 0.0])
+            one[0] += count * array.dtype.itemsize
+            one[1] += 2 * rows * count
+    cached = kv_bytes_per_token(plan.config, plan.dtype) / plan.layout.num_shards("q_heads")
+    rate = card.matrix_rates.get(plan.dtype, math.inf)
+    floors = {kind: max(size / card.memory_bandwidth, flops / rate) for kind, (size, flops) in sizes.items()}
+    return floors | {"attend": rows * context * cached / card.memory_bandwidth}
+
+
+def _card(device: jax.Device) -> Accelerator | None:
+    return next((card for card in accelerators().values() if card.device_kind == device.device_kind), None)
+
+
+def parts_table(parts: list[Part]) -> str:
+    return text_table(("part", "kernels", "us a step", "share", "floor us", "of floor"), [part.row for part in parts])

@@ -1,0 +1,119 @@
+"""Programs on disk: a second start lowers nothing, a damaged one is made again, another program is never served."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from layout_runs import resolve_tiny
+
+from paddock.serving.compiler import Compiler, Job
+from paddock.serving.program_cache import ProgramCache
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[dict[str, Job]]:
+    """Two small programs that JAX's own cache does not know."""
+    before = jax.config.jax_compilation_cache_dir
+    use_cache_in(str(tmp_path / "jax"))
+    x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    yield {
+        "twice": Job(lambda: jax.jit(lambda x: x * 2 + jnp.sin(x)).lower(x)),
+        "donated": Job(lambda: jax.jit(lambda x: (x + 1, jnp.sum(x)), donate_argnums=0).lower(x)),
+    }
+    use_cache_in(before)
+
+
+def use_cache_in(folder: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+def cache_in(folder: Path, facts: str = "") -> ProgramCache:
+    return ProgramCache(folder, jax.devices()[:1], facts)
+
+
+def results(programs: dict[str, jax.stages.Compiled]) -> list[float]:
+    x = jnp.arange(4.0)
+    (grown, total), twice = programs["donated"](x + 0), programs["twice"](x)
+    return [*map(float, grown), float(total), *map(float, twice)]
+
+
+def test_a_second_start_finds_them_all(jobs: dict[str, Job], tmp_path: Path) -> None:
+    first, second = Compiler(cache_in(tmp_path)), Compiler(cache_in(tmp_path))
+    want = results(first.run(jobs))
+    assert (first.report.num_found, first.report.num_lowered, first.report.num_compiled) == (0, 2, 2)
+    unlowered = {key: Job(lambda: pytest.fail("lowered again")) for key in jobs}
+    assert results(second.run(unlowered)) == want
+    assert (second.report.num_found, second.report.num_lowered) == (2, 0)
+    assert first.report.lower_seconds > 0 == second.report.lower_seconds
+    assert second.report.read_seconds > 0
+
+
+def test_on_a_cpu_only_what_was_compiled_is_kept(jobs: dict[str, Job], tmp_path: Path) -> None:
+    """What comes out of JAX's cache cannot be written again: it would load and then not run."""
+    want = results(Compiler().run(jobs))
+    from_jax, after = Compiler(cache_in(tmp_path)), Compiler(cache_in(tmp_path))
+    assert results(from_jax.run(jobs)) == want
+    assert (from_jax.report.num_lowered, from_jax.report.num_compiled) == (2, 0)
+    assert results(after.run(jobs)) == want
+    assert after.report.num_found == 0
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: data[:-1] + b"x", lambda _: b""])
+def test_a_damaged_one_is_made_again(
+    jobs: dict[str, Job], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object
+) -> None:
+    want = results(Compiler(cache_in(tmp_path)).run(jobs))
+    path = cache_in(tmp_path).path("twice", {})
+    path.write_bytes(damage(path.read_bytes()))
+    use_cache_in(str(tmp_path / "another"))
+    again = Compiler(cache_in(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="paddock"):
+        assert results(again.run(jobs)) == want
+    assert (again.report.num_found, again.report.num_lowered) == (1, 1)
+    assert "is made again: its content is damaged" in caplog.text
+    assert cache_in(tmp_path).load("twice", {}) is not None
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    jobs: dict[str, Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING, logger="paddock"):
+        results(Compiler(cache_in(tmp_path / "file")).run(jobs))
+    assert "is not kept in" in caplog.text
+
+
+def test_what_a_program_depends_on_is_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cache_in(tmp_path).path("a", {})
+    others = {
+        cache_in(tmp_path).path("b", {}),
+        cache_in(tmp_path).path("a", {"xla_gpu_enable_triton_gemm": False}),
+        cache_in(tmp_path, "other facts").path("a", {}),
+        ProgramCache(tmp_path, jax.devices()[1:2], "").path("a", {}),
+    }
+    with jax.default_matmul_precision("bfloat16"):
+        others.add(cache_in(tmp_path).path("a", {}))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_nothing")
+    others.add(cache_in(tmp_path).path("a", {}))
+    monkeypatch.undo()
+    monkeypatch.setattr("paddock.serving.program_cache._source_hash", lambda: "edited")
+    others.add(cache_in(tmp_path).path("a", {}))
+    monkeypatch.undo()
+    assert cache_in(tmp_path).path("a", {}) == path
+    assert len(others | {path}) == 8
+
+
+def test_facts_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, split = (resolve_tiny(monkeypatch, mesh=mesh).programs for mesh in ("", "tensor=2"))
+    larger = dataclasses.replace(one, num_pages=one.num_pages + 1)
+    slower = dataclasses.replace(one, plan=dataclasses.replace(one.plan, decode_attention="reference"))
+    assert one.facts() == resolve_tiny(monkeypatch).programs.facts()
+    assert len({programs.facts() for programs in (one, split, larger, slower)}) == 4

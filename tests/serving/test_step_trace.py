@@ -1,0 +1,84 @@
+"""What is read out of a profile: parts, idle time, gaps; and the command that shows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paddock.serving.cli import main
+from paddock.serving.step_parts import OTHER, PARTS, RESIDUAL, UNATTRIBUTED, part_of_instruction, parts_of
+from paddock.serving.step_trace import Kernel, StepTrace, covered
+
+CACHE = Path(__file__).parents[2] / "build" / "test-compile-cache"
+HLO = """
+%fused (p: f32[4]) -> f32[4] {
+  ROOT %add.1 = f32[4]{0} add(%p, %p), metadata={op_name="jit(step)/layer0/attention/qkv/add" source_line=3}
+}
+ENTRY %main {
+  %fusion.7 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/layer0/mlp/norm/mul"}
+  ROOT %custom-call.2 = f32[4]{0} custom-call(%y), metadata={op_name="jit(step)/layer1/attention/attend/jit(decode)/m"}
+  %add.9 = f32[4]{0} add(%x, %y), metadata={op_name="jit(step)/layer1/attention/add"}
+}
+"""
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    assert covered([(0, 2), (1, 3), (5, 6), (8, 20)], 1, 10) == 2 + 1 + 2
+    assert covered([], 0, 1) == 0
+
+
+def test_instructions_belong_to_the_innermost_scope() -> None:
+    parts = part_of_instruction(HLO)
+    assert parts == {"add.1": "qkv", "fusion.7": "norm", "custom-call.2": "attend", "add.9": "residual"}
+
+
+def steps(*kernels: tuple[str, str, float, float], count: int = 10, period: float = 100) -> StepTrace:
+    """The same kernels (name, op, start, end) `count` times, a `period` apart."""
+    events = [
+        Kernel(name, op, step * period + start, step * period + end, end - start)
+        for step in range(count)
+        for name, op, start, end in kernels
+    ]
+    return StepTrace(tuple(events), on_gpu=True)
+
+
+def test_parts_are_told_apart_by_instruction_or_by_name() -> None:
+    trace = steps(
+        ("nvjet", "fusion.7", 0, 10), ("fusion_7", "", 10, 20), ("custom_call_2", "", 30, 60), ("memcpy", "", 60, 70)
+    )
+    parts = {part.name: part for part in parts_of(trace, part_of_instruction(HLO), {"attend": 15e-9})}
+    assert trace.num_steps == 10
+    assert set(parts) == {"norm", "attend", UNATTRIBUTED}
+    assert (parts["norm"].kernels, parts["norm"].seconds) == (2, pytest.approx(20e-9))
+    assert parts["attend"].share == pytest.approx(30 / 60)
+    assert parts["attend"].row[-1] == "50%"
+    assert parts["norm"].floor is None
+
+
+def test_idle_share_and_the_longest_gaps() -> None:
+    trace = steps(("a", "", 0, 40), ("b", "", 40, 60), ("c", "", 70, 80))
+    assert trace.idle_share() == pytest.approx(0.3, abs=0.05)
+    assert [gap[1:] for gap in trace.gaps(7)][:5] == [("c", "a")] * 5
+    assert trace.gaps(1)[0][0] == pytest.approx(20e-9)
+
+
+def test_bench_latency_profiles_a_step(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU: instructions instead of kernels, and no floors."""
+    flags = f"--skip-tokenizer-init --dtype float32 --block-size 4 --max-num-seqs 4 --max-num-batched-tokens 32 \
+        --kv-cache-memory-bytes {2**20} --batch-size 2 --input-len 4 --output-len 24 --num-iters 1 --num-iters-warmup 0"
+    folders = ["--model", str(golden / "gqa"), "--compile-cache-dir", str(CACHE)]
+    command = ["bench", "latency", "--profile", str(tmp_path / "profile"), *folders, *flags.split()]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert len(list((tmp_path / "profile" / "parts").rglob("*.xplane.pb"))) == 1
+    # Not all of them: programs in JAX's cache have the scopes of the day on which they were compiled.
+    assert {"embed", "head", "sample"} <= result["parts_us"].keys() <= {*PARTS, RESIDUAL, OTHER, UNATTRIBUTED}
+    assert sum(result["parts_us"].values()) > 4 * result["parts_us"].get(UNATTRIBUTED, 0.0)
+    assert "instructions on the CPU" in out
+    assert result["bucket"] == "2+0f"
+    assert 8 <= result["profiled_steps"] <= 24
+    assert main(command) == 2, "a folder with a profile in it is left alone"
+    assert "holds a profile already" in capsys.readouterr().err
