@@ -11,6 +11,7 @@ from pathlib import Path
 
 from paddock.checkpoints import load
 
+from .bucket import BucketTable
 from .chat_template import ChatTemplate
 from .engine import Engine, Limits
 from .engine_config import EngineConfig
@@ -36,8 +37,13 @@ class Built:
     startup_seconds: dict[str, float]
 
 
-def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> Built:
-    """The engine of one replica. Raises ValueError (CheckpointError among them) naming what cannot be had."""
+def build(
+    config: EngineConfig, *, replica: int = 0, progress: bool = False, buckets: BucketTable | None = None
+) -> Built:
+    """The engine of one replica. `buckets`: instead of the engine's own, where only a few steps will be run.
+
+    Raises ValueError (CheckpointError among them) naming what cannot be had.
+    """
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -50,6 +56,8 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
     with phase("resolve"):
         prepare(config)
         resolved = resolve(config, replica=replica)
+        if buckets is not None:
+            resolved = dataclasses.replace(resolved, buckets=buckets)
         tokenizer, chat_template = _text_side(config, resolved)
     with phase("load"):
         folder = resolved.folder or Path()
