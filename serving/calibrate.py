@@ -194,7 +194,7 @@ def _with_host(known: SpeedProfile, using: Ruler) -> SpeedProfile:
 
 def _with_tensor(known: SpeedProfile, using: Ruler, devices: int) -> SpeedProfile:
     depths = _depths(using, using.narrow, using.narrow_layers, f"tensor={devices}")
-    found = fit_tensor(known, using.dtype, devices, depths, using.base)
+    found = fit_tensor(known, using.dtype, devices, depths)
     return dataclasses.replace(found, fitted=(*known.fitted, *_names(depths, f"tensor={devices}")))
 
 

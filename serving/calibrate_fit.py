@@ -88,7 +88,7 @@ def fit_device(
     )
 
 
-def fit_tensor(profile: SpeedProfile, dtype: str, devices: int, depths: Depths, base: int) -> SpeedProfile:
+def fit_tensor(profile: SpeedProfile, dtype: str, devices: int, depths: Depths) -> SpeedProfile:
     """`profile` with what its steps take longer than it predicts when `devices` split each layer between them."""
     reduce, vocab = {}, {}
     still = dataclasses.replace(
@@ -179,7 +179,7 @@ def _predicted(profile: SpeedProfile, dtype: str, model: LlamaConfig, mesh: str,
     """Seconds of a step, or of a tick."""
     times = step_times(profile, dtype, model, mesh)
     kind, count, context = point
-    stages = times.stages.count
     if kind == "chunk":
-        return times.prefill(count, count).total / stages
+        return times.chunk(count, count * (count + 1) / 2 + count * context).total
+    stages = times.stages.count
     return times.decode(count * stages, context).total / stages

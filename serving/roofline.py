@@ -138,21 +138,20 @@ class StepTimes:
         if stages.count > 1:
             chunk = min(chunk, max(-(-tokens // stages.count), WEIGHT_BOUND))
         chunks = -(-tokens // chunk)
-        rows = tokens / chunks
+        tick = self.chunk(tokens / chunks, tokens * (tokens + 1) / 2 / chunks)
+        steps, host = chunks + stages.count - 1, self._host(1)
+        return Seconds(
+            steps * tick.memory, steps * tick.matrix, steps * tick.links, host=(steps - 1) * host, wait=host
+        )
+
+    def chunk(self, rows: float, pairs: float) -> Seconds:
+        """Of a step, or over stages of a tick, with `rows` tokens of a prompt that see `pairs` tokens together; without
+        the host."""
         memory, matrix = self._products(rows, head_rows=1)
         heads = self.model.num_heads // self.layout.num_shards("q_heads")
         # Scores and weighted values: 4 h operations for each pair of a token and one that it sees.
-        pairs = tokens * (tokens + 1) / 2 / chunks
-        attention = 4 * self.model.head_dim * heads * pairs * stages.num_slots / self._attention_rate(tokens)
-        steps = chunks + stages.count - 1
-        host = self._host(1)
-        return Seconds(
-            memory=steps * (memory + self._rest(rows, 1)),
-            matrix=steps * (matrix + attention),
-            links=steps * self._links(rows, 1),
-            host=(steps - 1) * host,
-            wait=host,
-        )
+        attention = 4 * self.model.head_dim * heads * pairs * self.stages.num_slots / self._attention_rate(rows)
+        return Seconds(memory + self._rest(rows, 1), matrix + attention, self._links(rows, 1))
 
     @property
     def _bandwidth(self) -> float:
@@ -169,7 +168,9 @@ class StepTimes:
         )
         for num_bytes, products, count, measured in parts:
             read = num_bytes / (measured.at(count) if measured else self._bandwidth)
-            multiply = 2 * products * count / self._matrix_rate(count)
+            # Among the rows that were measured this is the whole time of a product, whatever bounds it.
+            known = measured is not None and count <= measured.x[-1]
+            multiply = 0.0 if known else 2 * products * count / self._matrix_rate(count)
             memory += read if read >= multiply else 0.0
             matrix += multiply if multiply > read else 0.0
         return memory, matrix
@@ -188,7 +189,7 @@ class StepTimes:
         measured = self.profile.host
         return measured.at(rows) + self.stages.num_slots * self.profile.host_layer if measured else 0.0
 
-    def _attention_rate(self, tokens: int) -> float:
+    def _attention_rate(self, tokens: float) -> float:
         measured = self.profile.prefill_attention
         return measured.at(tokens) if measured else self.accelerator.matrix_rate(self.dtype)
 

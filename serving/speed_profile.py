@@ -142,4 +142,4 @@ def _curve(table: Mapping[str, Any], x: str, y: str, *, extends: bool = False) -
 
 
 def _columns(curve: Curve, x: str, y: str) -> list[str]:
-    return [f"{x} = [{', '.join(f'{v:g}' for v in curve.x)}]", f"{y} = [{', '.join(f'{v:.5g}' for v in curve.y)}]"]
+    return [f"{x} = [{', '.join(f'{v:.10g}' for v in curve.x)}]", f"{y} = [{', '.join(f'{v:.5g}' for v in curve.y)}]"]
