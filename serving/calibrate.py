@@ -94,13 +94,13 @@ GPU = Ruler(
     chunks=(512, 2048, 4096),
     host=_small(256, 512, 1024, 2, 1),
     host_layers=(4, 24),
-    copy_bytes=2**31,
+    copy_bytes=2**30,
 )
 CPU = Ruler(
     narrow=_small(64, 128, 256),
-    wide=_small(768, 2048, 4096),
+    wide=_small(768, 2048, 8192),
     narrow_layers=(1, 2),
-    wide_layers=(1, 2),
+    wide_layers=(1, 3),
     dtype="float32",
     rows=(1, 4),
     base=64,
@@ -180,7 +180,7 @@ def _with_host(known: SpeedProfile, using: Ruler) -> SpeedProfile:
     seconds: dict[int, list[float]] = {}
     for layers in using.host_layers:
         model = dataclasses.replace(using.host, num_layers=layers)
-        engine = TimedEngine(model, batches=rows, prompts=(using.chunks[1],), max_model_len=512, dtype=using.dtype)
+        engine = TimedEngine(model, batches=rows, prompts=(using.chunks[-1],), max_model_len=512, dtype=using.dtype)
         try:
             seconds[layers] = [engine.decode(count, 64, steps=64).seconds for count in rows]
         finally:
@@ -241,15 +241,15 @@ def point_name(model: LlamaConfig, mesh: str, point: Point) -> str:
 
 
 def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes a second, read and written together, of the best of ten copies."""
+    """Bytes a second, read and written together, of the best of five runs of ten copies."""
     source = jnp.zeros(num_bytes // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     copy(source).block_until_ready()
     times = []
-    for _ in range(10):
+    for _ in range(5):
         start = time.perf_counter()
-        copy(source).block_until_ready()
-        times.append(time.perf_counter() - start)
+        jax.block_until_ready([copy(source) for _ in range(10)])
+        times.append((time.perf_counter() - start) / 10)
     return 2 * source.nbytes / min(times)
 
 

@@ -140,9 +140,7 @@ class StepTimes:
         chunks = -(-tokens // chunk)
         tick = self.chunk(tokens / chunks, tokens * (tokens + 1) / 2 / chunks)
         steps, host = chunks + stages.count - 1, self._host(1)
-        return Seconds(
-            steps * tick.memory, steps * tick.matrix, steps * tick.links, host=(steps - 1) * host, wait=host
-        )
+        return Seconds(steps * tick.memory, steps * tick.matrix, steps * tick.links, host=(steps - 1) * host, wait=host)
 
     def chunk(self, rows: float, pairs: float) -> Seconds:
         """Of a step, or over stages of a tick, with `rows` tokens of a prompt that see `pairs` tokens together; without

@@ -22,6 +22,7 @@ from .bucket import Bucket, BucketTable
 from .build import Built, build
 from .engine_config import EngineConfig
 from .footprint import MAX_CHUNKS
+from .platform import prepare
 from .sampling_params import SamplingParams
 from .scheduler import Schedule
 from .sequence import Sequence
@@ -78,6 +79,7 @@ class TimedEngine:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(model.to_hf_dict()))
             config = EngineConfig(model=folder, load_format="dummy", skip_tokenizer_init=True, mesh=mesh, **options)
+            prepare(config)  # before anything asks for a device
             # Variants as in an engine's own table: on CPU one program has all branches.
             rows, variants = tuple(batch // each for batch in batches), (jax.default_backend() == "cpu",)
             self.engines: list[Built] = []
@@ -112,7 +114,8 @@ class TimedEngine:
         turns = stages * (steps + WARM_STEPS)
         prompt = max(context - steps // 2, 1)
         # While the last prompts are on their way the first ones decode, and take their part of each step's tokens.
-        on_the_way = -(-batch * prompt // (built.resolved.plan.max_chunk_tokens - batch)) + stages
+        by_tokens = -(-batch * prompt // (built.resolved.plan.max_chunk_tokens - batch))
+        on_the_way = max(by_tokens, -(-batch // built.resolved.buckets.max_chunks)) + stages
         sequences = self._add(built, batch, prompt, on_the_way + turns // stages + 2 * stages)
         while engine.scheduler.waiting or any(seq.num_computed < prompt for seq in sequences):
             _checked(built)

@@ -6,18 +6,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from paddock.serving import calibrate as measuring
+from paddock.serving import step_replay
 from paddock.serving.calibrate import CPU, GPU, calibrate, point_name
 from paddock.serving.calibrate_fit import Depths, fit_device, fit_stages, fit_tensor, line, step_times
 from paddock.serving.cli import main
+from paddock.serving.pack import Packer, lay_out
 from paddock.serving.planner import plan
+from paddock.serving.programs import Programs
+from paddock.serving.sampling_params import SamplingParams
+from paddock.serving.scheduler import Chunk, Schedule
+from paddock.serving.sequence import Sequence
 from paddock.serving.speed_profile import Curve, SpeedProfile, read_profile
 from paddock.serving.step_replay import Sizes, StepReplay
 from paddock.serving.timed_engine import TimedEngine
 from paddock.sharding import Layout
-from paddock.sharding.accelerators import Accelerator, accelerator
+from paddock.sharding.accelerators import Accelerator
 
 TRUTH = SpeedProfile(
     "h100-80gb",
@@ -108,13 +115,21 @@ def test_calibrate_keeps_what_there_is_and_leaves_out_what_fails(tmp_path: Path,
 
     timed.calls = []
     monkeypatch.setattr(measuring, "_timed", timed)
-    monkeypatch.setattr(measuring, "_with_host", lambda known, using: dataclasses.replace(known, host=Curve((1,), (1e-3,))))
+    monkeypatch.setattr(
+        measuring, "_with_host", lambda known, using: dataclasses.replace(known, host=Curve((1,), (1e-3,)))
+    )
     monkeypatch.setattr(measuring, "accelerator_here", lambda: "h100-80gb")
     monkeypatch.setattr(measuring.jax, "device_count", lambda: 2)
     notes: list[str] = []
     using = dataclasses.replace(RULER, copy_bytes=2**16)
     found = calibrate(tmp_path / "p.toml", notes.append, using)
-    assert [note.partition(":")[0] for note in notes] == ["copy bandwidth", "steps of one device", "host", "tensor=2", "pipe=2"]
+    assert [note.partition(":")[0] for note in notes] == [
+        "copy bandwidth",
+        "steps of one device",
+        "host",
+        "tensor=2",
+        "pipe=2",
+    ]
     assert "pipe=2: failed, RuntimeError: no link" in notes
     assert found.copy > 0
     assert (set(found.all_reduce), found.hop) == ({2}, {})
@@ -132,3 +147,90 @@ def test_calibrate_keeps_what_there_is_and_leaves_out_what_fails(tmp_path: Path,
     (tmp_path / "p.toml").write_text('accelerator = "h200"')
     with pytest.raises(ValueError, match="is the profile of h200, but this machine has h100-80gb"):
         calibrate(tmp_path / "p.toml", notes.append, using)
+
+
+def test_the_replayed_step_is_the_one_that_the_engine_would_send(monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, Any] = {}
+
+    def run(params: Any, cache: Any, state: Any, given: Any) -> Any:
+        seen["given"] = given
+        return cache, state, given
+
+    monkeypatch.setattr(Programs, "compile_step", lambda self, bucket: run)
+    monkeypatch.setattr(step_replay, "SECONDS", 0.0)
+    sizes = Sizes(rows=(1, 3), chunks=(32,), context=128, tokens=3 * 128)
+    replay = StepReplay(CPU.narrow, Layout.build(), "float32", sizes)
+    try:
+        assert replay.chunk(32, 64) > 0
+        (bucket,) = (bucket for bucket in replay._compiled if bucket.chunk_tokens)
+        views = replay.programs.packings[bucket].views(np.array(seen["given"]))
+        seq = Sequence(0, views["token_ids"].tolist() * 3, SamplingParams(max_tokens=1), 0, 1, frozenset(), slot=0)
+        seq.pages = [1, 2]
+        packer = Packer(64, replay.plan.num_slots)
+        packed = np.zeros_like(replay.programs.packings[bucket].empty)
+        group = packer.group(Schedule((), (Chunk(seq, 64, 32, True, 0),)))
+        lay_out(replay.programs.packings[bucket], group, 1, packed)
+        engines = replay.programs.packings[bucket].views(packed)
+        for name in ("token_slot", "token_position", "chunk_slot", "chunk_start", "chunk_length", "chunk_kv_len"):
+            np.testing.assert_array_equal(views[name], engines[name], name)
+        np.testing.assert_array_equal(views["row_ints"][:2], engines["row_ints"][:2])
+
+        replay.decode(3, 100)
+        (bucket,) = (bucket for bucket in replay._compiled if bucket.decodes == 3)
+        seqs = tuple(Sequence(i, [1], SamplingParams(), 0, 9, frozenset(), slot=i, num_computed=100) for i in range(3))
+        packed = np.zeros_like(replay.programs.packings[bucket].empty)
+        lay_out(replay.programs.packings[bucket], packer.group(Schedule(seqs, ())), 1, packed)
+        np.testing.assert_array_equal(np.array(seen["given"]), packed)
+        # Every sequence has pages of its own, none of them the scratch page.
+        table = np.array(replay._state.page_table)[:, :2]
+        assert len(set(table.flat)) == table.size
+        assert table.min() > 0
+        with pytest.raises(ValueError, match="no such step was asked for"):
+            replay.decode(2, 100)
+        with pytest.raises(ValueError, match="no such step was asked for"):
+            replay.chunk(32, 100)
+    finally:
+        replay.close()
+
+
+def test_batches_must_divide_over_replicas_and_stages():
+    with pytest.raises(ValueError, match=r"batches \(1, 2\) do not divide over 2 replicas"):
+        TimedEngine(CPU.narrow, "data=2", batches=(1, 2), prompts=(32,))
+    with pytest.raises(ValueError, match="batches of 64 sequences leave no room in steps of 32 tokens"):
+        TimedEngine(CPU.narrow, batches=(64,), prompts=(32,))
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("paddock.serving.platform.prepare", lambda config: None)
+    monkeypatch.setattr(measuring, "_parts", lambda profile, using: iter([("copy bandwidth", fake)]))
+    fake = lambda known: dataclasses.replace(known, copy=1.5e9)
+    file = tmp_path / "mine.toml"
+    assert main(["plan", "--calibrate", "--profile", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == str(file)
+    assert (read_profile(file).accelerator, read_profile(file).copy) == ("cpu", 1.5e9)
+    assert main(["plan", "llama-3.1-8b", "--calibrate"]) == 2
+    assert "leave out MODEL" in capsys.readouterr().err
+    assert main(["plan", "--accelerator", "h100-80gb"]) == 2
+    assert "MODEL is missing" in capsys.readouterr().err
+    assert main(["plan", "llama-3.1-8b"]) == 2
+    assert "--accelerator is missing" in capsys.readouterr().err
+
+
+def test_a_profile_of_this_machine_plans_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps for real, of models so small that it takes seconds."""
+    monkeypatch.setattr(measuring.jax, "device_count", lambda: 1)
+    file, notes = tmp_path / "cpu.toml", []
+    file.write_text('accelerator = "cpu"\ncopy = 1e9\n[host]\nrows = [1]\nseconds = [1e-4]')
+    using = dataclasses.replace(CPU, rows=(1, 2), chunks=(64,), tokens=512)
+    for _ in range(3):  # a busy machine's noise is refused, and what is missing is measured again
+        found = calibrate(file, notes.append, using)
+        if found.layer is not None:
+            break
+    assert {note.partition(":")[0] for note in notes} == {"steps of one device"}, notes
+    assert (found.copy, found.host) == (1e9, Curve((1,), (1e-4,)))
+    assert found.knows_steps, notes
+    here = Accelerator("cpu", 2**33, 0.9, found.copy, {"float32": 1e12}, "", 1e9, 1, "measured")
+    fields = {"dtype": "float32", "max_num_seqs": 2}
+    (layout,) = plan(CPU.narrow, here, profile=read_profile(file), **fields).layouts
+    assert layout.source == "measured"
+    assert 0 < layout.decode[0].seconds < 10
