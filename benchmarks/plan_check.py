@@ -167,6 +167,8 @@ class Predictor:
     def __init__(self, case: Case, accelerator: str, profile: str | None):
         self.mesh, self.layout = MeshConfig.parse(case.mesh), PlannedLayout.of(case.mesh)
         speeds = read_profile(Path(profile)) if profile else shipped_profile(accelerator)
+        if speeds.accelerator != accelerator:
+            raise ValueError(f"the speed profile is of {speeds.accelerator}, not of {accelerator}")
         each = self.mesh.num_replicas * self.mesh.sizes.get("pipe", 1)
         steps = [("decode", batch // each, context) for batch, context in case.decode]
         for step in [*steps, *(("chunk", tokens, 0) for tokens in case.chunks)]:
