@@ -17,6 +17,7 @@ from demo_eval import total_bits, windows
 from jaxtyping import Array, Float, Int
 
 from paddock.model import LayerStack, Llama, LlamaConfig, param_specs
+from paddock.pallas_kernels import split_rotated
 from paddock.sharding import Layout
 
 CHUNK = 50  # steps in one call, so that the host costs nothing
@@ -96,7 +97,8 @@ def training_logits(
     def dropped(inner: Callable[..., jax.Array], key: jax.Array) -> Callable[..., jax.Array]:
         return lambda *args: drop(inner(*args), recipe.dropout, key)
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        q, k, v = split_rotated(qkv, cos, sin)
         scores = jnp.einsum("tkgh,skh->kgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)

@@ -2,7 +2,10 @@
 
 from .config import LlamaConfig, RopeConfig
 from .llama import LayerStack, Llama, forward
+from .local_products import LocalProducts, check_local_products
 from .params import Dims, param_specs
+from .products import Products
+from .reduction import Reduction, reduction_axes
 from .stages import Stages, placements, slot_specs, stack_stages
 
 __all__ = [
@@ -10,11 +13,16 @@ __all__ = [
     "LayerStack",
     "Llama",
     "LlamaConfig",
+    "LocalProducts",
+    "Products",
+    "Reduction",
     "RopeConfig",
     "Stages",
+    "check_local_products",
     "forward",
     "param_specs",
     "placements",
+    "reduction_axes",
     "slot_specs",
     "stack_stages",
 ]

@@ -14,24 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from paddock.pallas_kernels import split_rotated
 from paddock.sharding import Layout
 
 from .activations import Activations
 from .config import LlamaConfig
-from .rope import apply_rope, cos_sin
+from .products import Products
+from .rope import cos_sin
 
 Params = Mapping[str, jax.Array]
-# (layer, q [T K G h], k [T K h], v [T K h]) -> [T K G h]; it sees to it that k and v are kept for later steps.
+# (layer, qkv [T K G+2 h], cos, sin [T h/2]) -> [T K G h]; it rotates queries and keys, and sees to it that keys and
+# values are kept for later steps.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def project(x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
-    """x times `weight` [D, ...], as [T, ...].
-
-    Always a product of two matrices: with more axes XLA's CPU backend copies the weight, transposed, at every step.
-    """
-    out = x @ weight.reshape(weight.shape[0], -1)
-    return out.reshape(x.shape[0], *weight.shape[1:])
 
 
 class RMSNorm(nnx.Module):
@@ -62,19 +56,21 @@ class Attention(nnx.Module):
         self.out_bias = nnx.Param(params["out_bias"]) if config.attention_bias else None
 
     def __call__(
-        self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array]
-    ) -> Float[Array, "T D"]:
-        qkv = project(self.placed.entering(x, "q_heads"), self.qkv[...])
+        self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array], products: Products
+    ) -> Float[Array, "T E"]:
+        """The heads' rows, E = K*G*h, that `leaving` is still to bring back to the residual stream."""
+        qkv = products.project(self.placed.entering(x, "q_heads"), self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...][None]
-        num_tokens, kv_heads, _, head_dim = qkv.shape
-        # Keys are rotated with the queries: one rotation over [T, K*(G+1), h].
-        rotated = apply_rope(qkv[:, :, :-1].reshape(num_tokens, -1, head_dim), cos, sin)
-        rotated = rotated.reshape(num_tokens, kv_heads, -1, head_dim)
-        mixed = attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
+        mixed = attend(qkv, cos, sin)
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
-        out = project(mixed.reshape(num_tokens, -1), self.out[...].reshape(-1, x.shape[-1]))
-        return out if self.out_bias is None else out + self.out_bias[...][None]
+        return mixed.reshape(x.shape[0], -1)
+
+    @property
+    def leaving(self) -> tuple[jax.Array, jax.Array | None]:
+        """The product that ends the block: its weight [E, D] and its bias."""
+        weight = self.out[...]
+        return weight.reshape(-1, weight.shape[-1]), None if self.out_bias is None else self.out_bias[...]
 
 
 class Mlp(nnx.Module):
@@ -88,13 +84,15 @@ class Mlp(nnx.Module):
         self.gate_up_bias = nnx.Param(params["gate_up_bias"]) if config.mlp_bias else None
         self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        both = project(self.placed.entering(x, "mlp"), self.gate_up[...])
-        if self.gate_up_bias is not None:
-            both = both + self.gate_up_bias[...][None]
-        hidden = jax.nn.silu(both[..., 0]) * both[..., 1]
-        out = project(self.placed.inside(hidden, "mlp"), self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[...][None]
+    def __call__(self, x: Float[Array, "T D"], products: Products) -> Float[Array, "T F"]:
+        """The hidden rows, that `leaving` is still to bring back to the residual stream."""
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
+        return self.placed.inside(products.swiglu(self.placed.entering(x, "mlp"), self.gate_up[...], bias), "mlp")
+
+    @property
+    def leaving(self) -> tuple[jax.Array, jax.Array | None]:
+        """The product that ends the block: its weight [F, D] and its bias."""
+        return self.down[...], None if self.down_bias is None else self.down_bias[...]
 
 
 class Layer(nnx.Module):
@@ -108,8 +106,8 @@ class Layer(nnx.Module):
 class LayerStack(nnx.Module):
     """The layers that `params` holds, in order: all of a model, or those of one pipeline stage."""
 
-    def __init__(self, config: LlamaConfig, params: Params, layout: Layout):
-        self.config, self.placed = config, Activations(layout)
+    def __init__(self, config: LlamaConfig, params: Params, layout: Layout, products: Products | None = None):
+        self.config, self.placed, self.products = config, Activations(layout), products or Products()
         count = sum(name.endswith(".qkv") for name in params)
         self.layers = nnx.List([Layer(layer_params(params, i), config, self.placed) for i in range(count)])
 
@@ -124,14 +122,25 @@ class LayerStack(nnx.Module):
         """The residual stream after the layers. `rope_length`: see `cos_sin`."""
         cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
         x = self.placed.residual(x)
+        normed: jax.Array | None = None  # of x, where what came before made it too
         for index, layer in enumerate(self.layers):
+            following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else None
             with jax.named_scope(f"layer{index}"):
                 with jax.named_scope("attention"):
-                    mixed = layer.attention(layer.attention_norm(x), cos, sin, lambda *qkv, i=index: attend(i, *qkv))
-                    x = self.placed.residual(x + self.placed.residual(mixed))
+                    normed = layer.attention_norm(x) if normed is None else normed
+                    mixed = layer.attention(normed, cos, sin, lambda *qkv, i=index: attend(i, *qkv), self.products)
+                    x, normed = self._leave(x, mixed, *layer.attention.leaving, layer.mlp_norm)
                 with jax.named_scope("mlp"):
-                    x = self.placed.residual(x + self.placed.residual(layer.mlp(layer.mlp_norm(x))))
+                    normed = layer.mlp_norm(x) if normed is None else normed
+                    hidden = layer.mlp(normed, self.products)
+                    x, normed = self._leave(x, hidden, *layer.mlp.leaving, following)
         return x
+
+    def _leave(
+        self, x: jax.Array, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, norm: RMSNorm | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        then = None if norm is None else (norm.scale[...], norm.eps)
+        return self.products.leave(self.placed, x, hidden, weight, bias, then)
 
 
 class Llama(nnx.Module):
@@ -166,8 +175,9 @@ def layer_params(params: Params, index: int) -> dict[str, jax.Array]:
     return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def dense_causal_attention(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One sequence against itself: q [T K G h], k and v [T K h]. The reference for every cached path."""
+def dense_causal_attention(_: int, qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """One sequence against itself: qkv [T K G+2 h]. The reference for every cached path."""
+    q, k, v = split_rotated(qkv, cos, sin)
     scores = jnp.einsum("tkgh,skh->kgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf), axis=-1)

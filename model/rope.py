@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from paddock.pallas_kernels import apply_rope
+
 from .rope_config import RopeConfig
+
+__all__ = ["apply_rope", "cos_sin", "rope_frequencies"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,16 +56,6 @@ def cos_sin(
     angles = positions.astype(jnp.float32)[:, None] * rates
     scale = jnp.float32(attention_scale)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def apply_rope(
-    x: Float[Array, "T N h"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
-) -> Float[Array, "T N h"]:
-    """Turns every head of `x` by its token's angles, in float32; returns x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def _power(theta: float, head_dim: int) -> np.ndarray:

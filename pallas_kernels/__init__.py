@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
-from .attention_tables import DECODE_ATTENTION, KV_APPEND, PREFILL_ATTENTION
+from .add_norm_mosaic import check_add_norm_mosaic
+from .all_reduce_mosaic import check_all_reduce_mosaic
+from .all_reduce_tables import ALL_REDUCE, ALL_REDUCE_ADD_NORM
+from .attention_tables import DECODE_APPEND, DECODE_ATTENTION, KV_APPEND, PREFILL_ATTENTION, ROTATE_APPEND
 from .compat import mosaic_mode
 from .decode_mosaic import check_mosaic
+from .mailbox import MailboxShape
+from .matmul_mosaic import check_matmul_mosaic
+from .matmul_tables import ADD_NORM, MATMUL, MATMUL_ADD_NORM
 from .prefill_mosaic import check_prefill_mosaic
+from .rotation import apply_rope, split_rotated
 
-__all__ = ["DECODE_ATTENTION", "KV_APPEND", "PREFILL_ATTENTION", "check_mosaic", "check_prefill_mosaic", "mosaic_mode"]
+__all__ = [
+    "ADD_NORM",
+    "ALL_REDUCE",
+    "ALL_REDUCE_ADD_NORM",
+    "DECODE_APPEND",
+    "DECODE_ATTENTION",
+    "KV_APPEND",
+    "MATMUL",
+    "MATMUL_ADD_NORM",
+    "PREFILL_ATTENTION",
+    "ROTATE_APPEND",
+    "MailboxShape",
+    "apply_rope",
+    "check_add_norm_mosaic",
+    "check_all_reduce_mosaic",
+    "check_matmul_mosaic",
+    "check_mosaic",
+    "check_prefill_mosaic",
+    "mosaic_mode",
+    "split_rotated",
+]

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from .checks import check_append
-from .compat import mosaic_mode
+from .compat import kernel, mosaic_mode
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))  # traced once, not once a layer
@@ -34,18 +33,17 @@ def append_mosaic(
     """
     check_append(k_pages, v_pages, k, v, page, offset)
     k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
-    refs = [jax.new_ref(array) for array in (k, v, page, offset, k_pages, v_pages)]
-
-    @pl.core_map(
-        plgpu.Mesh(grid=(k.shape[0],), grid_names=("token",)),
+    pools = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    rows = plgpu.SMEM(k.shape[1:], k.dtype)
+    kernel(
+        _copy_token,
+        scratch_types=(rows, rows, plgpu.Barrier(num_arrivals=2)),
+        grid=(k.shape[0],),
+        grid_names=("token",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=mosaic_mode(interpret) or False,
-    )
-    def copy_rows() -> None:
-        rows = plgpu.SMEM(k.shape[1:], k.dtype)
-        pl.run_scoped(functools.partial(_copy_token, *refs), rows, rows, plgpu.Barrier(num_arrivals=2))
-
-    return jax.freeze(refs[4]), jax.freeze(refs[5])
+    )(k, v, page, offset, *pools)
+    return jax.freeze(pools[0]), jax.freeze(pools[1])
 
 
 def _copy_token(

@@ -1,4 +1,4 @@
-"""The attention implementations by name: one table for decode, one for prefill, one for what writes the pages."""
+"""The attention implementations by name: tables for decode, for prefill, and for what rotates and writes the pages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from jaxtyping import Array
 from .append_mosaic import append_mosaic
 from .append_reference import append_reference
 from .decode_blocked import decode_blocked
-from .decode_mosaic import decode_mosaic
+from .decode_mosaic import decode_append_mosaic, decode_mosaic
 from .decode_reference import decode_reference
 from .prefill_blocked import prefill_blocked
 from .prefill_mosaic import prefill_mosaic
 from .prefill_reference import prefill_reference
+from .rotate_append import decode_append_reference, rotate_append_reference
+from .rotate_append_mosaic import rotate_append_mosaic
 
 # (q, k_pages, v_pages, page_table, kv_len, *, scale) -> out; the contract is decode_reference's docstring.
 # An implementation that cannot run on its arguments raises ValueError: nothing falls back.
@@ -34,4 +36,16 @@ PREFILL_ATTENTION: dict[str, Callable[..., Array]] = {
 KV_APPEND: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": append_reference,
     "mosaic": append_mosaic,
+}
+
+# (qkv, cos, sin, k_pages, v_pages, page, offset) -> (q, k_pages, v_pages); rotate_append_reference's docstring.
+ROTATE_APPEND: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
+    "reference": rotate_append_reference,
+    "mosaic": rotate_append_mosaic,
+}
+
+# (qkv, cos, sin, k_pages, v_pages, page_table, kv_len, *, scale) -> (out, k_pages, v_pages); decode_append_reference's.
+DECODE_APPEND: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
+    "reference": decode_append_reference,
+    "mosaic": decode_append_mosaic,
 }

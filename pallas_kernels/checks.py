@@ -71,3 +71,24 @@ def check_append(k_pages: Array, v_pages: Array, k: Array, v: Array, page: Array
     for name, value in (("page", page), ("offset", offset)):
         if value.shape != tokens or value.dtype != "int32":
             raise ValueError(f"{name} must be int32{tokens}: got {value.dtype}{value.shape}")
+
+
+def check_rotation(qkv: Array, cos: Array, sin: Array, k_pages: Array, v_pages: Array) -> None:
+    """Raise ValueError unless rows qkv [T, K, G+2, h], float32 cos and sin [T, h/2], and pools [P, K, p, h] fit together."""
+    if qkv.ndim != 4 or qkv.shape[2] < 3:
+        raise ValueError(f"qkv must have 4 axes (rows, kv heads, query heads of each + 2, head_dim): got {qkv.shape}")
+    check_pages(qkv[:, :, 0], k_pages, v_pages, jnp.zeros((1, 1), jnp.int32))
+    if qkv.shape[1] != k_pages.shape[1]:
+        raise ValueError(f"qkv has {qkv.shape[1]} kv heads, but k_pages {k_pages.shape[1]}")
+    wanted = (qkv.shape[0], qkv.shape[3] // 2)
+    for name, value in (("cos", cos), ("sin", sin)):
+        if value.shape != wanted or value.dtype != jnp.float32:
+            raise ValueError(f"{name} must be float32{wanted}: got {value.dtype}{value.shape}")
+
+
+def check_decode_append(
+    qkv: Array, cos: Array, sin: Array, k_pages: Array, v_pages: Array, page_table: Array, kv_len: Array
+) -> None:
+    """Raise ValueError unless the arguments of a decode attention that appends fit together."""
+    check_rotation(qkv, cos, sin, k_pages, v_pages)
+    check_decode(qkv[:, :, 0], k_pages, v_pages, page_table, kv_len)

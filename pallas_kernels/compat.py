@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,3 +65,25 @@ def product(a: Any, b: Any, *, a_transposed: bool = False, b_transposed: bool = 
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def kernel(body: Callable[..., None], *, out_type: Any = (), scratch_types: Any = (), **settings: Any) -> Any:
+    """`plgpu.kernel` of `body`, some of whose operands may be refs (`jax.new_ref`): those are written in place."""
+    if _PUBLIC_INTERPRETER is not None:
+        return plgpu.kernel(body, out_type=out_type, scratch_types=scratch_types, **settings)
+    # That of 0.10 takes no refs. Only the interpreter gets here, so that new outputs may cost something.
+    how = {name: settings.pop(name) for name in ("compiler_params", "interpret") if name in settings}
+    scratch = ((), scratch_types) if isinstance(scratch_types, dict) else (scratch_types, {})
+
+    def call(*operands: Any) -> tuple[jax.Array, ...]:
+        refs = [x if hasattr(jax.typeof(x), "inner_aval") else jax.new_ref(x) for x in operands]
+        outs = [jax.new_ref(jnp.full(out.shape, jnp.nan, out.dtype)) for out in out_type]
+
+        @pl.core_map(plgpu.Mesh(**settings), **how)
+        def run() -> None:
+            names = settings.get("thread_name", ())
+            pl.run_scoped(functools.partial(body, *refs, *outs), *scratch[0], collective_axes=names, **scratch[1])
+
+        return tuple(map(jax.freeze, outs))
+
+    return call

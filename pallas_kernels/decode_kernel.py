@@ -1,4 +1,4 @@
-"""The body of `decode_mosaic`: one warpgroup of a thread block fetches, the other attends."""
+"""The body of the decode kernels: one warpgroup of a thread block fetches, the other attends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .compat import load_transposed, product, store_transposed
+from .decode_fetch import fetch, pages_of
 from .decode_merge import LAYOUT, along_rows, store_output
+from .decode_new import put_token, turn_and_append
 from .decode_plan import TILE_TOKENS, tiles_of, walk
 
 COLUMNS = 64  # of a tile that are in registers at a time
@@ -28,86 +30,46 @@ def attend(
     plan_ref: Any,
     *others: Any,
     scale: float,
+    rotated: bool,
     **scratch: Any,
 ) -> None:
     """q_ref, out_ref [B, K, G, h]; k_ref, v_ref [P, K, p, h]; table_ref [B, N]; len_ref [B]; plan_ref: `work_plan`.
 
     `others`: the scales [P, K] of keys and of values where they are quantized, then out_ref, and parts_ref and lse_ref
-    as `merge_share` has them.
+    as `merge_share` has them. If not yet `rotated`, q_ref is qkv [B, K, G+2, h], `others` begins with the factors
+    [B, h] of `turn_and_append`, and the last of a sequence's kv_len tokens is the one in qkv.
     """
-    *scales, out_ref, parts_ref, lse_ref = others
-    gmem = SimpleNamespace(q=q_ref, k=k_ref, v=v_ref, table=table_ref, len=len_ref, plan=plan_ref, scales=scales)
+    *inputs, out_ref, parts_ref, lse_ref = others
+    gmem = SimpleNamespace(q=q_ref, k=k_ref, v=v_ref, table=table_ref, len=len_ref, plan=plan_ref)
+    gmem.scales, gmem.rotation = (inputs, []) if rotated else ([], inputs)
     gmem.out, gmem.parts, gmem.lse = out_ref, parts_ref, lse_ref
     smem = SimpleNamespace(**scratch)
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup == 0)(functools.partial(_compute, gmem, smem, scale))
-    pl.when(warpgroup == 1)(functools.partial(_fetch, gmem, smem))
-
-
-def _pages_of(gmem: Any, sequence: Any, length: Any, tile: Any) -> list[Any]:
-    """The pages of a tile: one, or several that are smaller. One past the end is the tile's first again, and a tile
-    past the end the last: the table says nothing true about what is not there. Page 0 where there is nothing at all."""
-    page_size = gmem.k.shape[2]
-    tile = jnp.minimum(tile, tiles_of(length) - 1)
-    tokens = [tile * TILE_TOKENS + first for first in range(0, TILE_TOKENS, min(page_size, TILE_TOKENS))]
-    tokens = [jnp.where(token < length, token, tokens[0]) for token in tokens]
-    pages = [gmem.table[sequence, lax.div(token, page_size)] for token in tokens]
-    return [jnp.where(length > 0, page, 0) for page in pages]
-
-
-def _fetch(gmem: Any, smem: Any) -> None:
-    """Send for the queries and tiles of a share, as far ahead as there is room."""
-    kv_heads, page_size = gmem.k.shape[1:3]
-    stages, piece = smem.k.shape[0], min(page_size, TILE_TOKENS)
-    free = [smem.q_free.at[0], *(barrier.at[i] for barrier in (smem.k_free, smem.v_free) for i in range(stages))]
-    for barrier in free:
-        plgpu.barrier_arrive(barrier)
-
-    def fetch_piece(sequence: Any, head: Any, first_tile: Any, count: Any, ring: Any) -> Any:
-        length = gmem.len[sequence]
-        pages = _pages_of(gmem, sequence, length, first_tile)
-        plgpu.barrier_wait(smem.q_free.at[0])
-        own = smem.q_fetched.at[pl.ds(0, gmem.q.shape[2])]  # rows beyond give columns that nobody reads
-        plgpu.copy_gmem_to_smem(gmem.q.at[sequence, head], own, smem.q_ready.at[0])
-
-        def fetch_tile(i: Any, carry: Any) -> Any:
-            ring, pages = carry
-            slot, tile = lax.rem(ring, stages), first_tile + i
-            inside = pl.ds(lax.rem(tile * TILE_TOKENS, page_size) if page_size > TILE_TOKENS else 0, piece)
-            following = _pages_of(gmem, sequence, length, tile + 1)  # a look-up must not wait for room
-            for pool, tiles, ready, done in (
-                (gmem.k, smem.k, smem.k_ready, smem.k_free),
-                (gmem.v, smem.v, smem.v_ready, smem.v_free),
-            ):
-                plgpu.barrier_wait(done.at[slot])
-                for j, page in enumerate(pages):
-                    target = tiles.at[slot, pl.ds(j * piece, piece)]
-                    plgpu.copy_gmem_to_smem(pool.at[page, head, inside], target, ready.at[slot])
-            return ring + 1, following
-
-        ring, _ = lax.fori_loop(0, jnp.where(length > 0, count, 0), fetch_tile, (ring, pages))
-        return ring
-
-    walk(gmem.plan, gmem.len, kv_heads, fetch_piece, jnp.int32(0))
-    for barrier in free:
-        plgpu.barrier_wait(barrier)
+    pl.when(warpgroup == 1)(functools.partial(fetch, gmem, smem))
 
 
 def _compute(gmem: Any, smem: Any, scale: float) -> None:
     """Attend: total is [h, rows], and everything else has a column for each of the group's query heads too."""
     worker = lax.axis_index("worker")
-    kv_heads, head_dim, rows = gmem.k.shape[1], gmem.k.shape[3], smem.q.shape[0]
-    quantized = bool(gmem.scales)
+    kv_heads, head_dim, rows = gmem.k.shape[1], gmem.k.shape[3], smem.weights.shape[0]
+    quantized, appends = bool(gmem.scales), bool(gmem.rotation)
 
-    def attend_piece(sequence: Any, head: Any, first_tile: Any, count: Any, ring: Any) -> Any:
-        length = gmem.len[sequence]
-        plgpu.barrier_wait(smem.q_ready.at[0])
-        store_transposed(smem.q, load_transposed(smem.q_fetched, LAYOUT).astype(smem.q.dtype))
-        plgpu.commit_smem()
+    def attend_share(sequence: Any, head: Any, first_tile: Any, count: Any, length: Any, ring: Any) -> Any:
+        tiles = tiles_of(length)
+        if appends:
+            turn_and_append(
+                gmem, smem, sequence, head, length, jnp.logical_and(first_tile + count == tiles, length > 0)
+            )
+        else:
+            plgpu.barrier_wait(smem.q_ready.at[0])
+            store_transposed(smem.q, load_transposed(smem.q_fetched, LAYOUT).astype(smem.q.dtype))
+            plgpu.commit_smem()
         plgpu.barrier_arrive(smem.q_free.at[0])
+        queries = smem.q.at[pl.ds(0, rows)]
 
         def scales_of(tile: Any) -> list[list[Any]]:
-            pages = _pages_of(gmem, sequence, length, tile) if quantized else []
+            pages = pages_of(gmem, sequence, length, tile) if quantized else []
             return [[pool[page, head] for page in pages] for pool in gmem.scales]
 
         def attend_tile(i: Any, carry: Any) -> Any:
@@ -121,7 +83,9 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
                 _copy_columns(k, smem.k_wide, None)
                 k = smem.k_wide
                 plgpu.commit_smem()
-            scores = product(k, smem.q, b_transposed=True)
+            if appends:
+                pl.when(left <= TILE_TOKENS)(functools.partial(put_token, smem, k, 0, left - 1, gmem.out.shape[2]))
+            scores = product(k, queries, b_transposed=True)
             plgpu.barrier_arrive(smem.k_free.at[slot])
             # Powers of 2 instead of e: the hardware has an instruction for them.
             scores = scores * (scale * math.log2(math.e))
@@ -143,6 +107,8 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
             if quantized:
                 _copy_columns(v, smem.v_wide, left)
                 v = smem.v_wide
+            elif appends:
+                pl.when(left <= TILE_TOKENS)(functools.partial(put_token, smem, v, 1, left - 1, gmem.out.shape[2]))
             else:
                 pl.when(left < TILE_TOKENS)(functools.partial(_copy_columns, v, v, left))
             plgpu.commit_smem()
@@ -163,11 +129,11 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
         mass = mass.sum(axis=0)
         mass = jnp.where(mass > 0, mass, 1.0)  # no token at all: zeros
         total = total / along_rows(mass, total)
-        whole = count == tiles_of(length)
+        whole = count == tiles
 
         @pl.when(whole)
         def _store() -> None:
-            store_output(total, smem.out, gmem.out.at[sequence, head])
+            store_output(total, smem.out.at[pl.ds(0, rows)], gmem.out.at[sequence, head])
 
         @pl.when(jnp.logical_not(whole))
         def _hand_over() -> None:
@@ -177,7 +143,7 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
 
         return ring
 
-    walk(gmem.plan, gmem.len, kv_heads, attend_piece, jnp.int32(0))
+    walk(gmem.plan, gmem.len, kv_heads, attend_share, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

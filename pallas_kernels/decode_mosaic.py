@@ -11,10 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
-from .checks import check_decode, check_scales
-from .compat import mosaic_mode
+from .checks import check_decode, check_decode_append, check_scales
+from .compat import kernel, mosaic_mode
+from .decode_fetch import PIECES
 from .decode_kernel import attend
 from .decode_merge import merge_share
+from .decode_new import WIDTH
 from .decode_plan import TILE_TOKENS, work_plan
 
 RESIDENT = 2 * 132  # thread blocks that run at a time: two on each multiprocessor of an H100 or H200
@@ -77,37 +79,90 @@ def decode_mosaic(
         raise ValueError(f"decode_mosaic takes scales with pages of int8 or float8_e4m3fn: got {k_pages.dtype}")
     if not scales and k_pages.dtype != q.dtype:
         raise ValueError(f"decode_mosaic needs q and pages of one dtype: got {q.dtype} and {k_pages.dtype}")
-    wide = WIDENED[k_pages.dtype] if scales else q.dtype
+    queries = q.reshape(batch, kv_heads, group, head_dim)
+    out, _, _ = _attend(queries, k_pages, v_pages, page_table, kv_len, scales, (), scale, interpret)
+    return out.reshape(q.shape)
 
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def decode_append_mosaic(
+    qkv: Float[Array, "B K G2 h"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    k_pages: Float[Array, "P K p h"],
+    v_pages: Float[Array, "P K p h"],
+    page_table: Int[Array, "B N"],
+    kv_len: Int[Array, " B"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B K G h"], Float[Array, "P K p h"], Float[Array, "P K p h"]]:
+    """`decode_append_reference` in the kernels of `decode_mosaic`: a step's rotation and append cost no kernel more.
+
+    Every thread block rotates the queries that it attends for. The one that has a sequence's end rotates the new key
+    as well, sends it and the value to their page, and puts both among the tokens that it fetched: nobody else reads
+    that row, so that no block waits for another. In place once the pools are donated.
+    Raises ValueError as `decode_mosaic` does, and for pages that are quantized.
+    """
+    check_decode_append(qkv, cos, sin, k_pages, v_pages, page_table, kv_len)
+    page_size, head_dim = k_pages.shape[2:]
+    check_mosaic(qkv.dtype, head_dim, page_size, qkv.shape[2] - 2)
+    if k_pages.dtype != qkv.dtype:
+        raise ValueError(f"decode_append_mosaic needs qkv and pages of one dtype: got {qkv.dtype} and {k_pages.dtype}")
+    # Of a dimension itself, and of its partner half a head away: computed once for all layers.
+    rotation = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+    return _attend(qkv, k_pages, v_pages, page_table, kv_len, (), rotation, scale, interpret)
+
+
+def _attend(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    kv_len: Array,
+    scales: tuple[Array, ...],
+    rotation: tuple[Array, ...],
+    scale: float,
+    interpret: bool,
+) -> tuple[Array, Array, Array]:
+    """The output [B, K, G, h] and the pools, which a `rotation` makes new; the arguments as the kernel has them."""
+    batch, kv_heads, vectors, head_dim = q.shape
+    group, page_size = vectors - (2 if rotation else 0), k_pages.shape[2]
+    wide = WIDENED[k_pages.dtype] if scales else q.dtype
     resident = INTERPRETED_RESIDENT if interpret else RESIDENT
     waves = min(max(round(batch * kv_heads / resident), 1), MOST_WAVES)
     workers = waves * resident
     plan = work_plan(kv_len, kv_heads, workers, resident)
-    rows = pl.cdiv(group, SMEM_ROWS) * SMEM_ROWS
-    copies = pl.cdiv(TILE_TOKENS, page_size)
+    rows, fetched = (pl.cdiv(count, SMEM_ROWS) * SMEM_ROWS for count in (group, vectors))
     settings: dict[str, Any] = dict(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=mosaic_mode(interpret) or False,
     )
-    out, parts, lse = plgpu.kernel(
-        functools.partial(attend, scale=scale),
+    extra: dict[str, Any] = {}
+    if scales:
+        extra |= {name: _tiled((TILE_TOKENS, head_dim), wide) for name in ("k_wide", "v_wide")}
+    if rotation and head_dim <= WIDTH:
+        extra["twice"] = plgpu.SMEM((2 * head_dim, fetched), jnp.float32)
+    pools = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
+    out, parts, lse = kernel(
+        functools.partial(attend, scale=scale, rotated=not rotation),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), q.dtype),
             jax.ShapeDtypeStruct((workers, 2, head_dim, rows), jnp.float32),
             jax.ShapeDtypeStruct((workers, 2, rows), jnp.float32),
         ),
         scratch_types=dict(
-            q_fetched=plgpu.SMEM((rows, head_dim), q.dtype),
-            q=_tiled((rows, head_dim), wide),
+            q_fetched=plgpu.SMEM((fetched, head_dim), q.dtype),
+            q=_tiled((fetched, head_dim), wide),
             k=_tiled((STAGES, TILE_TOKENS, head_dim), k_pages.dtype),
             v=_tiled((STAGES, TILE_TOKENS, head_dim), k_pages.dtype),
             weights=_tiled((rows, TILE_TOKENS), wide),
-            out=plgpu.SMEM((rows, head_dim), q.dtype),
-            **({name: _tiled((TILE_TOKENS, head_dim), wide) for name in ("k_wide", "v_wide")} if scales else {}),
+            out=plgpu.SMEM((fetched, head_dim), q.dtype),
+            **extra,
             q_ready=plgpu.Barrier(num_barriers=1),
             q_free=plgpu.Barrier(num_barriers=1),
-            k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
-            v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+            k_ready=plgpu.Barrier(num_arrivals=PIECES, num_barriers=STAGES),
+            v_ready=plgpu.Barrier(num_arrivals=PIECES, num_barriers=STAGES),
             k_free=plgpu.Barrier(num_barriers=STAGES),
             v_free=plgpu.Barrier(num_barriers=STAGES),
         ),
@@ -116,17 +171,19 @@ def decode_mosaic(
         num_threads=2,
         thread_name="warpgroup",
         **settings,
-    )(q.reshape(batch, kv_heads, group, head_dim), k_pages, v_pages, page_table, kv_len, plan, *scales)
-    out_ref = jax.new_ref(out)  # the merge writes what is still missing in place
-    refs = [*map(jax.new_ref, (parts, lse, plan, kv_len)), out_ref]
-
+    )(q, *pools, page_table, kv_len, plan, *scales, *rotation)
     columns = 64 if waves == 1 else head_dim  # few sequences may have many parts each: more blocks then merge them
-
-    @pl.core_map(plgpu.Mesh(grid=(workers, head_dim // columns), grid_names=("worker", "columns")), **settings)
-    def merge() -> None:
-        pl.run_scoped(functools.partial(merge_share, *refs), plgpu.SMEM((rows, columns), q.dtype))
-
-    return jax.freeze(out_ref).reshape(batch, heads, head_dim)
+    out_ref = jax.new_ref(out)  # the merge writes what is still missing in place
+    kernel(
+        merge_share,
+        scratch_types=dict(out_smem=plgpu.SMEM((rows, columns), q.dtype)),
+        grid=(workers, head_dim // columns),
+        grid_names=("worker", "columns"),
+        **settings,
+    )(parts, lse, plan, kv_len, out_ref)
+    if rotation:
+        k_pages, v_pages = map(jax.freeze, pools)
+    return jax.freeze(out_ref), k_pages, v_pages
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -22,8 +22,9 @@ def _split(tiles: Any, among: int) -> Any:
     return lax.div(tiles + (among - 1), among)
 
 
-def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: int) -> Int[Array, "shares 4"]:
-    """(sequence, kv head, first tile, number of tiles) of every worker's share; one more row of zeros ends the list.
+def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: int) -> Int[Array, "shares 5"]:
+    """(sequence, kv head, first tile, number of tiles, the sequence's kv_len) of every worker's share; one more row of
+    zeros ends the list.
 
     The tiles of all (sequence, kv head) pairs in a row, cut in equal shares as stream-K cuts matrix products
     (arXiv 2301.03598), so that one grid serves every mix of lengths. `resident` of the workers run at a time: up to
@@ -41,19 +42,24 @@ def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: i
     sequence = jnp.minimum((ends[None, :] <= start[:, None]).sum(axis=1), order[-1])
     inside = start - (ends - kv_heads * tiles)[sequence]
     head, tile = jnp.divmod(inside, tiles[sequence])
-    return jnp.where(count[:, None] > 0, jnp.stack([sequence, head, tile, count], axis=1), 0).astype(jnp.int32)
+    return jnp.where(count[:, None] > 0, jnp.stack([sequence, head, tile, count, kv_len[sequence]], axis=1), 0).astype(
+        jnp.int32
+    )
 
 
 def walk(plan_ref: Any, len_ref: Any, kv_heads: int, visit: Callable[..., Any], state: Any) -> None:
-    """In a kernel over `worker`s: state = visit(sequence, head, first tile, tiles, state) for each piece of a share."""
+    """In a kernel over `worker`s: state = visit(sequence, head, first tile, tiles, kv_len, state) for each piece of a
+    share."""
 
     def step(carry: Any) -> Any:
-        sequence, head, tile, left, state = carry
-        count = jnp.minimum(left, tiles_of(len_ref[sequence]) - tile)
-        state = visit(sequence, head, tile, count, state)
-        head = head + 1
-        sequence = jnp.where(head == kv_heads, sequence + 1, sequence)
-        return sequence, jnp.where(head == kv_heads, 0, head), jnp.int32(0), left - count, state
+        sequence, head, tile, left, length, state = carry
+        next_sequence = jnp.where(head + 1 == kv_heads, sequence + 1, sequence)
+        next_sequence = jnp.minimum(next_sequence, len_ref.shape[0] - 1)
+        next_length = len_ref[next_sequence]  # on its way meanwhile
+        count = jnp.minimum(left, tiles_of(length) - tile)
+        state = visit(sequence, head, tile, count, length, state)
+        head = jnp.where(head + 1 == kv_heads, 0, head + 1)
+        return next_sequence, head, jnp.int32(0), left - count, next_length, state
 
-    share = tuple(plan_ref[lax.axis_index("worker"), i] for i in range(4))
+    share = tuple(plan_ref[lax.axis_index("worker"), i] for i in range(5))
     lax.while_loop(lambda carry: carry[3] > 0, step, (*share, state))

@@ -1,10 +1,12 @@
-"""The matrix products by name, one table for each signature."""
+"""The matrix products and what follows them by name, one table for each signature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from .add_norm_mosaic import add_norm_mosaic
+from .add_norm_reference import add_norm_reference
 from .matmul_mosaic import matmul_mosaic
 from .matmul_norm import matmul_add_norm_mosaic, matmul_add_norm_reference
 from .matmul_reference import matmul_reference
@@ -20,4 +22,10 @@ MATMUL: dict[str, Callable[..., Any]] = {
 MATMUL_ADD_NORM: dict[str, Callable[..., Any]] = {
     "reference": matmul_add_norm_reference,
     "mosaic": matmul_add_norm_mosaic,
+}
+
+# (parts, residual, scale, *, eps) -> (total, normed); add_norm_reference's docstring.
+ADD_NORM: dict[str, Callable[..., Any]] = {
+    "reference": add_norm_reference,
+    "mosaic": add_norm_mosaic,
 }

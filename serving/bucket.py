@@ -14,7 +14,8 @@ from .scheduler import Schedule
 class Bucket:
     """Room for `decodes` decoding rows and `chunk_tokens` prompt tokens in at most `chunks` chunks.
 
-    `full`: the sampler has filters, penalties, bias and log-probabilities compiled in (see sampler.py).
+    `full`: the sampler has filters, penalties, bias and log-probabilities compiled in (see sampler.py); without, a
+    batch that needs them is sampled again by a second program (`step.resample`).
     """
 
     decodes: int
@@ -35,16 +36,17 @@ class Bucket:
 class BucketTable:
     """The buckets of an engine: few, since each is an executable.
 
-    Decoding alone has rows of many sizes, powers of two and three quarters of the largest; beside chunks there are none
-    or the most there can be, because a chunk's products dwarf those of padded rows. All sizes are multiples of
+    Decoding alone has rows of many sizes, powers of two and three quarters of the largest, on a GPU below 32 just 1 and
+    8, for up to there a step takes as long as reading the weights does; beside chunks there are none or the most there
+    can be, because a chunk's products dwarf those of padded rows. All sizes are multiples of
     `num_partitions`, each of which has an equal share of the rows, and of what else the layout splits rows into.
-    `single`: only the largest, with all of the sampler, so that every step runs the same program.
+    `full`: their steps have all of the sampler. `single`: only the largest, so that every step runs the same program.
     """
 
     decodes: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
     max_chunks: int
-    variants: tuple[bool, ...]
+    full: bool
     num_partitions: int = 1
     single: bool = False
 
@@ -64,12 +66,13 @@ class BucketTable:
         decodes, tokens = max_decodes // multiple, max_num_batched_tokens // multiple
         # A GPU's step takes as long for 64 tokens as for 256, the time of reading the weights.
         fewest = min(-(-(64 if on_cpu else 256) // multiple), tokens)
-        # Branches are cheap on CPU: one variant with all of them in it.
+        sizes = {*_ladder(1, decodes, 2), max(1, decodes * 3 // 4)} - (set() if on_cpu else {2, 4, 16}) | {decodes}
         return cls(
-            decodes=tuple(n * multiple for n in sorted({*_ladder(1, decodes, 2), max(1, decodes * 3 // 4)})),
+            decodes=tuple(n * multiple for n in sorted(sizes)),
             chunk_tokens=tuple(n * multiple for n in _ladder(fewest, tokens, 4)),
             max_chunks=max(1, max_chunks // num_partitions) * num_partitions,
-            variants=(True,) if on_cpu else (False, True),
+            # Branches are cheap on CPU: all of them are in the step.
+            full=on_cpu or single,
             num_partitions=num_partitions,
             single=single,
         )
@@ -77,26 +80,29 @@ class BucketTable:
     def all(self) -> list[Bucket]:
         """Every bucket, largest first: the longest compiles start first."""
         if self.single:
-            return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.variants[-1])]
+            return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.full)]
         shapes = [(decodes, 0, 0) for decodes in self.decodes]
         shapes += [(decodes, t, self.max_chunks) for decodes in (0, self.decodes[-1]) for t in self.chunk_tokens]
-        return sorted((Bucket(*shape, full) for shape in shapes for full in self.variants), reverse=True)
+        return sorted((Bucket(*shape, self.full) for shape in shapes), reverse=True)
 
-    def choose(self, schedules: Iterable[Schedule], *, full: bool) -> Bucket:
+    def choose(self, schedules: Iterable[Schedule]) -> Bucket:
         """The smallest bucket that holds each of `schedules`, which are all in the pipeline at once."""
         if self.single:
             return self.all()[0]
-        full = full or False not in self.variants
         decodes = tokens = 0
         for schedule in schedules:
+            if self.num_partitions == 1:
+                decodes, tokens = max(decodes, len(schedule.decodes)), max(tokens, schedule.num_chunk_tokens)
+                continue
             decodes = max(decodes, self._most(Counter(seq.partition for seq in schedule.decodes)))
             lengths: Counter[int] = Counter()
             for chunk in schedule.chunks:
                 lengths[chunk.seq.partition] += chunk.length
             tokens = max(tokens, self._most(lengths))
         if not tokens:
-            return Bucket(_at_least(self.decodes, decodes), 0, 0, full)
-        return Bucket(self.decodes[-1] if decodes else 0, _at_least(self.chunk_tokens, tokens), self.max_chunks, full)
+            return Bucket(_at_least(self.decodes, decodes), 0, 0, self.full)
+        most = self.decodes[-1] if decodes else 0
+        return Bucket(most, _at_least(self.chunk_tokens, tokens), self.max_chunks, self.full)
 
     def _most(self, counts: Counter[int]) -> int:
         """Rows that are needed when every partition has as many as the fullest."""

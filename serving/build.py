@@ -9,15 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
 from paddock.checkpoints import load
 
 from .bucket import BucketTable
 from .chat_template import ChatTemplate
+from .compiler import Compiler, CompileReport
 from .engine import Engine, Limits
 from .engine_config import EngineConfig
 from .executor import Executor
 from .page_pool import PagePool
-from .platform import prepare
+from .platform import cache_dir, prepare
+from .program_cache import ProgramCache
+from .programs import Programs
 from .resolve import Resolved, resolve
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer, load_tokenizer
@@ -27,7 +32,7 @@ logger = logging.getLogger("paddock")
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """An engine with what belongs to it. `startup_seconds`: how long each phase took."""
+    """An engine with what belongs to it. `startup_seconds`: how long each phase took; `compiling`: its longest."""
 
     resolved: Resolved
     engine: Engine
@@ -35,6 +40,7 @@ class Built:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     startup_seconds: dict[str, float]
+    compiling: CompileReport
 
 
 def build(
@@ -71,7 +77,11 @@ def build(
             progress=progress,
         )
     with phase("compile"):
-        executor = Executor(resolved.programs, params, progress=progress)
+        compiler = Compiler(_program_cache(config, resolved.programs), progress=progress)
+        executor = Executor(resolved.programs, params, compiler)
+        report = compiler.report
+    made = report.num_lowered, report.num_compiled
+    logger.info("%d programs found on disk, %d lowered, of which %d compiled", report.num_found, *made)
     scheduler = Scheduler(
         [PagePool(resolved.num_pages, resolved.page_size) for _ in range(resolved.plan.num_partitions)],
         max_num_seqs=resolved.plan.num_slots,
@@ -87,7 +97,14 @@ def build(
         eos_token_ids=frozenset(resolved.generation.eos_token_ids),
         seed=config.seed,
     )
-    return Built(resolved, Engine(executor, scheduler, limits), executor, tokenizer, chat_template, seconds)
+    return Built(resolved, Engine(executor, scheduler, limits), executor, tokenizer, chat_template, seconds, report)
+
+
+def _program_cache(config: EngineConfig, programs: Programs) -> ProgramCache | None:
+    """None over several processes: one of them alone may compile, or find, what is the others' too."""
+    if jax.process_count() > 1:
+        return None
+    return ProgramCache(cache_dir(config) / "programs", list(programs.plan.layout.mesh.devices.flat), programs.facts())
 
 
 def _text_side(config: EngineConfig, resolved: Resolved) -> tuple[Tokenizer | None, ChatTemplate | None]:

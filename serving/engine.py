@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 from .errors import EngineDead
-from .executor import SampledToken, StepFuture
+from .executor import StepFuture
 from .outputs import TokenLogprobs
 from .sampling_params import SamplingParams
 from .scheduler import Schedule, Scheduler
@@ -43,10 +43,13 @@ class Limits:
 
 @dataclasses.dataclass
 class StepResult:
-    """What one turn of the loop brought: committed tokens, prompt scores, and sequences whose step raised."""
+    """What one turn of the loop brought: sequences with a token more (and its log-probabilities, if they asked), those
+    of them that ended with it, prompt scores, and sequences whose step raised."""
 
     schedule: Schedule
-    tokens: list[SampledToken] = dataclasses.field(default_factory=list)
+    advanced: list[Sequence] = dataclasses.field(default_factory=list)
+    logprobs: dict[Sequence, TokenLogprobs] = dataclasses.field(default_factory=dict)
+    ended: list[Sequence] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]] = dataclasses.field(default_factory=list)
     failed: list[Sequence] = dataclasses.field(default_factory=list)
     error: str = ""
@@ -146,7 +149,7 @@ class Engine:
             except Exception as error:
                 raised, sent = True, [] if self._pending is None else _members(schedule)
                 self._pending = None
-                self._fail(result, [*(seq for _, seq in before.rows), *sent], error)
+                self._fail(result, [*before.seqs, *sent], error)
         if raised:
             self._recover()
         elif self.is_idle:
@@ -154,20 +157,19 @@ class Engine:
         return result
 
     def _commit(self, result: StepResult, future: StepFuture) -> None:
-        tokens, scores = future.read(), list(future.read_prompt_logprobs())
+        tokens, result.logprobs = future.read()
+        scores = list(future.read_prompt_logprobs())
         result.bucket, result.num_tokens = str(future.bucket), future.num_tokens
         for seq, position, _ in scores:
             seq.num_prompt_scored = max(seq.num_prompt_scored, position)
         result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
-        for sampled in tokens:
-            seq, token = sampled.seq, sampled.token_id
-            if not self.scheduler.landed(seq, token):
-                continue
-            result.tokens.append(sampled)
+        result.advanced, result.ended = self.scheduler.land(future.seqs, tokens)
+        for seq in result.ended:
+            token = seq.output_token_ids[-1]
             if token in seq.stop_token_ids:
                 is_eos = token in self.limits.eos_token_ids and not seq.params.ignore_eos
                 self.scheduler.finish(seq, "stop", None if is_eos else token)
-            elif len(seq.output_token_ids) >= seq.max_tokens:
+            else:
                 self.scheduler.finish(seq, "length")
 
     def _sync_bias(self, schedule: Schedule) -> None:

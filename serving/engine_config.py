@@ -59,6 +59,14 @@ class EngineConfig:
     max_logprobs: int = option(20, "largest logprobs or prompt_logprobs that a request may ask for")
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")
     prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
+    products: str = option(
+        "auto",
+        "matrix products and norms of layers that are whole on a device: xla, or mosaic, our kernels where they are "
+        "faster",
+    )
+    all_reduce: str = option(
+        "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 4 MiB at once and leaves more to xla"
+    )
     coordinator_address: str = option(
         "", "host:port of process 0 when one engine runs in several; auto: as Slurm or Open MPI say"
     )

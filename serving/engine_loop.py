@@ -20,7 +20,7 @@ from .errors import EngineBusy, EngineDead
 from .metrics import Metrics
 from .outputs import RequestTimes, TokenLogprobs
 from .peers import Peers
-from .request import OutputKind, RequestStream, TokenEvent, event_of
+from .request import OutputKind, RequestStream, TokenEvent
 from .sampling_params import SamplingParams
 from .sequence import Sequence, SequenceStatus
 from .turn import Admission, Lockstep, Turn
@@ -35,11 +35,20 @@ JOIN_SECONDS = 15.0
 
 @dataclasses.dataclass
 class _Member:
-    """Whose sequence it is: output `index` of `stream`; when its last token came (monotonic seconds)."""
+    """Whose sequence it is: output `index` of `stream`; how many of its tokens were told there, and when the last came
+    (monotonic seconds)."""
 
     stream: RequestStream
     index: int
+    num_told: int = 0
     last_token: float | None = None
+
+    def event(self, seq: Sequence, **rest: Any) -> TokenEvent:
+        """All that is new of `seq`, with the `rest` of an event."""
+        new = seq.output_token_ids[self.num_told :]
+        self.num_told += len(new)
+        self.stream.times.last_token = self.last_token
+        return TokenEvent(self.index, new, **rest)
 
 
 @dataclasses.dataclass
@@ -255,8 +264,8 @@ class EngineLoop:
             self._members |= {seq: _Member(stream, index) for index, seq in enumerate(sequences)}
         for stream, index, reason, _ in ending:
             seq = stream.sequences[index]
-            if seq in self._members:
-                stream.put(TokenEvent(index, None, finish_reason="abort"))
+            if (member := self._members.get(seq)) is not None:
+                stream.put(member.event(seq, finish_reason="abort"))
                 self._forget(seq, reason)
 
     def _deliver(self, result: StepResult, seconds: float) -> None:
@@ -268,43 +277,55 @@ class EngineLoop:
             member = self._members.get(chunk.seq)
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
-        self._note_tokens(result, now)
-        for sampled in result.tokens:
-            seq = sampled.seq
-            member = self._members[seq]
-            event = event_of(sampled, member.index)
-            if seq in scores:
-                event = dataclasses.replace(event, prompt_logprobs=tuple(scores.pop(seq)))
+        for seq, member in self._note_tokens(result, now):
+            event = member.event(
+                seq,
+                logprobs=result.logprobs.get(seq),
+                finish_reason=seq.finish_reason,
+                stop_reason=seq.stop_reason,
+                prompt_logprobs=tuple(scores.pop(seq, ())),
+            )
             member.stream.put(event)
-            if seq.status is SequenceStatus.FINISHED:
-                self._forget(seq, seq.finish_reason or "stop")
+            if seq.finish_reason is not None:
+                self._forget(seq, seq.finish_reason)
         for seq, entries in scores.items():
             member = self._members[seq]
-            member.stream.put(TokenEvent(member.index, None, prompt_logprobs=tuple(entries)))
+            member.stream.put(TokenEvent(member.index, prompt_logprobs=tuple(entries)))
         for seq in result.failed:
             if (failed := self._members.get(seq)) is None:
                 continue
-            failed.stream.put(TokenEvent(failed.index, None, error=result.error))
+            failed.stream.put(TokenEvent(failed.index, error=result.error))
             others = [other for other in failed.stream.sequences if other.status is not SequenceStatus.FINISHED]
             self._lockstep.abort(other.seq_id for other in others)
             for lost in (seq, *others):
                 self._forget(lost, "error")
         self._report_step(result, seconds)
 
-    def _note_tokens(self, result: StepResult, now: float) -> None:
-        """Before anybody hears of the tokens: who has the last one may look at the metrics at once."""
-        gaps = []
-        for sampled in result.tokens:
-            member = self._members[sampled.seq]
-            times = member.stream.times
-            if times.first_token is None:
-                times.first_token = now
-                self.metrics.on_first_token(now - times.arrival)
-                self.metrics.on_prompt(sampled.seq.num_prompt)
-            if member.last_token is not None:
-                gaps.append(now - member.last_token)
-            times.last_token = member.last_token = now
-        self.metrics.on_tokens(len(result.tokens), gaps)
+    def _note_tokens(self, result: StepResult, now: float) -> list[tuple[Sequence, _Member]]:
+        """Before anybody hears of the tokens: who has the last one may look at the metrics at once.
+
+        Returns those that must hear of theirs now.
+        """
+        members, waiting = self._members, []
+        since: dict[float, int] = {}  # nearly all had their last token in the same step
+        for seq in result.advanced:
+            member = members[seq]
+            last, member.last_token = member.last_token, now
+            if last is None:
+                self._note_first(member, seq, now)
+            else:
+                since[last] = since.get(last, 0) + 1
+            if member.stream.wants_each_token or seq.finish_reason is not None:
+                waiting.append((seq, member))
+        self.metrics.on_tokens(len(result.advanced), {now - last: count for last, count in since.items()})
+        return waiting
+
+    def _note_first(self, member: _Member, seq: Sequence, now: float) -> None:
+        times = member.stream.times
+        if times.first_token is None:
+            times.first_token = now
+            self.metrics.on_first_token(now - times.arrival)
+            self.metrics.on_prompt(seq.num_prompt)
 
     def _forget(self, seq: Sequence, reason: str) -> None:
         member = self._members.pop(seq, None)
@@ -349,7 +370,7 @@ class EngineLoop:
                 self._members |= {seq: _Member(stream, index) for index, seq in enumerate(stream.sequences)}
         for seq, member in list(self._members.items()):
             self.engine.abort([seq])
-            member.stream.put(TokenEvent(member.index, None, **event))
+            member.stream.put(member.event(seq, **event))
             self._forget(seq, reason)
 
     def _lose_peer(self, message: str) -> None:
@@ -357,4 +378,4 @@ class EngineLoop:
         with self._lock:
             self._accepting, self._dead = False, message
         for stream in list(self._unfinished):
-            stream.put(TokenEvent(0, None, error=message))
+            stream.put(TokenEvent(0, error=message))

@@ -11,7 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from paddock.model import reduction_axes
+
 from .bucket import Bucket
+from .compiler import Compiler
+from .mailboxes import Mailboxes
 from .outputs import Logprob, TokenLogprobs
 from .pack import Group, Packer, lay_out
 from .pipeline import Params
@@ -19,41 +23,31 @@ from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
 from .scheduler import Schedule
 from .sequence import Sequence
 from .step_plan import StepOutput
-
-
-@dataclasses.dataclass(slots=True)  # made for every token: frozen ones take three times as long
-class SampledToken:
-    """One sequence's new token, with log-probabilities if it asked for them."""
-
-    seq: Sequence
-    token_id: int
-    logprobs: TokenLogprobs | None
+from .step_products import MAILBOXES
 
 
 @dataclasses.dataclass
 class StepFuture:
-    """A step on its way: `read` waits for it."""
+    """A step on its way: `read` waits for it. `seqs` sample a token each, at `rows` of the output."""
 
-    rows: list[tuple[int, Sequence]]
+    seqs: list[Sequence]
+    rows: np.ndarray
     bucket: Bucket
     num_tokens: int
     output: StepOutput
     # (sequence, prompt position of each row, scored rows)
     prompt_scores: list[tuple[Sequence, list[int], Any]]
 
-    def read(self) -> list[SampledToken]:
-        """The sampled tokens, in the order of the schedule. Raises what the device raised."""
+    def read(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
+        """A token for each of `seqs`, and log-probabilities for those that asked. Raises what the device raised."""
         sampled = self.output.sampled
-        tokens = np.asarray(sampled.tokens).tolist()
-        if not self.bucket.full or all(seq.params.logprobs is None for _, seq in self.rows):
-            return [SampledToken(seq, tokens[row], None) for row, seq in self.rows]
+        all_tokens, rows = np.asarray(sampled.tokens).tolist(), self.rows.tolist()
+        tokens = [all_tokens[row] for row in rows]
+        asking = [i for i, seq in enumerate(self.seqs) if seq.params.logprobs is not None] if self.bucket.full else []
+        if not asking:
+            return tokens, {}
         host = [np.asarray(part) for part in sampled]
-        result = []
-        for row, seq in self.rows:
-            count = seq.params.logprobs
-            logprobs = None if count is None else _token_logprobs(host, row, count)
-            result.append(SampledToken(seq, tokens[row], logprobs))
-        return result
+        return tokens, {self.seqs[i]: _token_logprobs(host, rows[i], self.seqs[i].params.logprobs or 0) for i in asking}
 
     def read_prompt_logprobs(self) -> Iterable[tuple[Sequence, int, TokenLogprobs]]:
         """(sequence, prompt position, candidates) of every prompt token this step scored."""
@@ -77,13 +71,19 @@ NOTHING = Schedule((), ())
 class Executor:
     """Owns everything on the devices. All calls come from one thread: steps run in the order they are sent."""
 
-    def __init__(self, programs: Programs, params: Params, *, progress: bool = False):
+    def __init__(self, programs: Programs, params: Params, compiler: Compiler | None = None):
         self.programs, self.plan, self.buckets, self.params = programs, programs.plan, programs.buckets, params
-        self.compiled = programs.compile(progress=progress)
-        self._packer = Packer(self.plan.page_size, self.plan.num_slots)
+        self.compiled = (compiler or Compiler()).run(programs.jobs())
+        self._packer = Packer(self.plan.page_size, self.plan.num_slots, self.plan.num_partitions)
         # What is at each pipeline stage, the latest to enter first; without stages only what was sent last.
         self._groups: deque[Group | None] = deque([None] * self.plan.stages.count, maxlen=self.plan.stages.count)
         self.cache, self.state = self.compiled["allocate"]()
+        self._open_mailboxes()
+
+    def _open_mailboxes(self) -> None:
+        if self.plan.has_mailboxes:
+            self._mailboxes = Mailboxes.open(self.plan.layout.mesh, reduction_axes(self.plan.layout))
+            self.params = {**self.params, MAILBOXES: self._mailboxes.table}
 
     @property
     def num_compilations(self) -> int:
@@ -100,6 +100,7 @@ class Executor:
         _delete((self.cache, self.state))
         self._groups.extend([None] * len(self._groups))
         self.cache, self.state = self.compiled["allocate"]()
+        self._open_mailboxes()  # devices may have stopped in different calls
 
     @property
     def in_flight(self) -> bool:
@@ -112,14 +113,18 @@ class Executor:
         self._groups.appendleft(self._packer.group(schedule) if schedule else None)
         leaving = self._groups[-1]
         groups = [group for group in self._groups if group]
-        bucket = self.buckets.choose((group.schedule for group in groups), full=leaving is not None and leaving.full)
+        bucket = self.buckets.choose(group.schedule for group in groups)
         packed = np.empty(self.programs.packed_shape(bucket), np.int32)
         rows = packed.reshape(len(self._groups), -1)
         placed = [self._lay_out(bucket, group, row) for group, row in zip(self._groups, rows, strict=True)]
-        arguments = (self.params, self.cache, self.state, self.plan.layout.put(packed))
-        self.cache, self.state, output = self.compiled[bucket](*arguments)
+        sent = self.plan.layout.sent(packed)
+        self.cache, self.state, output = self.compiled[bucket](self.params, self.cache, self.state, sent)
         if leaving is None:
             return None
+        if leaving.full and not bucket.full:
+            self.state, sampled = self.compiled["resample", bucket](self.state, sent, output.logits)
+            output = output._replace(sampled=sampled)
+        output = output._replace(logits=None)  # they are large, and nobody's from here on
         output.sampled.tokens.copy_to_host_async()
         return self._future(bucket, leaving, *placed[-1], output)
 
@@ -131,10 +136,10 @@ class Executor:
         self, bucket: Bucket, group: Group, decode_rows: np.ndarray, chunk_rows: np.ndarray, output: StepOutput
     ) -> StepFuture:
         schedule = group.schedule
-        rows = list(zip(decode_rows.tolist(), schedule.decodes, strict=True))
-        places = chunk_rows.tolist()
-        rows += [(bucket.decodes + places[i], chunk.seq) for i, chunk in enumerate(schedule.chunks) if chunk.samples]
-        return StepFuture(rows, bucket, schedule.num_tokens, output, list(self._score_prompts(group, output)))
+        rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[group.samples]])
+        bucket = dataclasses.replace(bucket, full=bucket.full or group.full)
+        scores = list(self._score_prompts(group, output))
+        return StepFuture(schedule.sampling, rows, bucket, schedule.num_tokens, output, scores)
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
         """Change a slot's logit bias from the next step on."""

@@ -43,12 +43,11 @@ class ArrayKind:
 
 
 def step_buckets(programs: Programs) -> dict[str, Bucket]:
-    """The largest step that decodes alone and the largest of prompts alone, with the fewest sampling features."""
+    """The largest step that decodes alone and the largest of prompts alone."""
     table = programs.buckets
-    full = False not in table.variants
     return {
-        "decode": Bucket(table.decodes[-1], 0, 0, full),
-        "prefill": Bucket(0, table.chunk_tokens[-1], table.max_chunks, full),
+        "decode": Bucket(table.decodes[-1], 0, 0, table.full),
+        "prefill": Bucket(0, table.chunk_tokens[-1], table.max_chunks, table.full),
     }
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from paddock.model import Dims, Stages
 from paddock.sharding import ArraySpec, Layout
@@ -19,13 +18,6 @@ class KVCache(NamedTuple):
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
-
-
-def append(
-    pool: Float[Array, "P K p h"], rows: Float[Array, "T K h"], page: Int[Array, " T"], offset: Int[Array, " T"]
-) -> Float[Array, "P K p h"]:
-    """`pool` with `rows` written at (page, offset); in place once the cache is donated."""
-    return pool.at[page, :, offset].set(rows.astype(pool.dtype))
 
 
 def cache_spec(dims: Dims, num_pages: int, page_size: int, dtype: Any) -> ArraySpec:

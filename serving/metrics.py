@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -34,9 +34,9 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, count: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.sum += value * count
 
     def samples(self) -> list[tuple[str, float]]:
         """(upper end, number of values up to it) pairs, as the exposition format wants them."""
@@ -101,12 +101,12 @@ class Metrics:
         """Prompt tokens were computed."""
         self._count("vllm:prompt_tokens", num_tokens)
 
-    def on_tokens(self, num_tokens: int, itl_seconds: Iterable[float]) -> None:
-        """Tokens came out of a step; `itl_seconds` after the ones before, for each sequence that had some."""
+    def on_tokens(self, num_tokens: int, gaps: Mapping[float, int]) -> None:
+        """Tokens came out of a step; `gaps`: how many of them how many seconds after the one before."""
         with self._lock:
             self._counters["vllm:generation_tokens"] += num_tokens
-            for seconds in itl_seconds:
-                self._itl.observe(seconds)
+            for seconds, count in gaps.items():
+                self._itl.observe(seconds, count)
 
     def on_first_token(self, seconds: float) -> None:
         """A sequence's first token came, `seconds` after its arrival."""

@@ -40,8 +40,8 @@ class Group:
 class Packer:
     """Keeps every slot's sampling constants, so that a decoding row costs an index and no Python."""
 
-    def __init__(self, page_size: int, num_slots: int):
-        self.page_size = page_size
+    def __init__(self, page_size: int, num_slots: int, num_partitions: int = 1):
+        self.page_size, self._slots_each = page_size, num_slots // num_partitions
         self._ints = np.zeros((len(INTS), num_slots), np.int32)
         self._floats = np.zeros((len(FLOATS), num_slots), np.int32)
         self._flags = np.zeros((len(FLAGS), num_slots), np.int32)
@@ -50,7 +50,7 @@ class Packer:
     def group(self, schedule: Schedule) -> Group:
         seqs, chunks, size = schedule.decodes, schedule.chunks, self.page_size
         slots = np.array([seq.slot for seq in seqs], np.int32)
-        positions = np.array([seq.num_computed - 1 for seq in seqs], np.int32)
+        positions = np.array([seq.num_computed for seq in seqs], np.int32) - 1
         updates: list[tuple[int, int, int]] = []
         for row in np.flatnonzero(positions % size == 0).tolist():
             index = int(positions[row]) // size
@@ -84,11 +84,11 @@ class Packer:
             schedule=schedule,
             full=bool(self._full[slots].any() or self._full[chunk_table[0]].any()),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
-            decode_place=_places([seq.partition for seq in seqs]),
+            decode_place=_places(slots // self._slots_each),
             decodes=np.stack([slots, positions]),
             token_place=tokens[4:],
             tokens=tokens[:4],
-            chunk_place=_places(chunk_table[5].tolist()),
+            chunk_place=_places(chunk_table[5]),
             chunks=chunk_table[:5],
             samples=samples,
             row_ints=row_ints,
@@ -102,9 +102,9 @@ class Packer:
         self._full[seq.slot] = needs_full(seq.params)
 
 
-def _places(partitions: list[int]) -> np.ndarray:
+def _places(partitions: np.ndarray) -> np.ndarray:
     """(partition, row in its share) of rows that come partition by partition."""
-    owner = np.array(partitions, np.int64)
+    owner = partitions.astype(np.int64)
     if not owner.any():
         return np.stack([owner, np.arange(len(owner))])
     first = np.searchsorted(owner, owner)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION
+from paddock.pallas_kernels import DECODE_APPEND, DECODE_ATTENTION, PREFILL_ATTENTION, ROTATE_APPEND
 
-from .kv_cache import KVCache, append
+from .kv_cache import KVCache
 from .page_pool import SCRATCH_PAGE
 from .step_input import StepInput
 from .step_plan import StepPlan
 
 
 class PagedAttention:
-    """The model's `attend` for one step: appends to the pages, then attends through them.
+    """The model's `attend` for one step: rotates, appends to the pages, then attends through them.
 
     Rows come as `join_rows` makes them: an equal share for each partition, its decoding rows before its chunks' tokens.
     Kernels know no mesh: each device's call sees its own heads, its own partition's rows and pages, and no other.
@@ -37,57 +40,80 @@ class PagedAttention:
         self.chunks = (chunk_table, inputs.chunk_start, inputs.chunk_length, inputs.chunk_kv_len)
 
     def __call__(
-        self, layer: int, q: Float[Array, "T K G h"], k: Float[Array, "T K h"], v: Float[Array, "T K h"]
+        self, layer: int, qkv: Float[Array, "T K G2 h"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
     ) -> Float[Array, "T K G h"]:
-        layout, dims, shape = self.plan.layout, self.plan.dims, q.shape
+        layout, dims = self.plan.layout, self.plan.dims
+        tokens, kv_heads, vectors, head_dim = qkv.shape
         if dims.cache_heads != dims.kv_heads:  # split by sequences, not by heads: no kv head is repeated
-            q = q.reshape(q.shape[0], dims.cache_heads, -1, q.shape[-1])
-            k, v = (x[:, :: dims.kv_heads // dims.cache_heads] for x in (k, v))
+            q = qkv[:, :, :-2].reshape(tokens, dims.cache_heads, -1, head_dim)
+            qkv = jnp.concatenate([q, qkv[:, :: dims.kv_heads // dims.cache_heads, -2:]], axis=2)
         # The compiler goes on splitting head_dim, if a rule does: jnp kernels are then partitioned like any other code.
         rows = layout.rules.spec(("batch", "q_heads"), yields=True)
         taken = layout.rules.batch + layout.rules.q_heads
         rest = [axis for axis in layout.rules.head_dim if axis not in taken]
         over = [axis for axis in layout.mesh.axis_names if axis not in rest]
         batch = PartitionSpec(rows[0])
-        tables = jax.tree.map(lambda _: batch, (self.writes, self.decodes, self.chunks))
+        tables = (self.writes, self.decodes, self.chunks)
         pools = (self.cache.k[layer], self.cache.v[layer])
         fn = self._local
         if layout.mesh.size > 1 and over:
-            fn = layout.shard_map(fn, (rows, rows, rows, rows, rows, tables), (rows, rows, rows), over=over)
-        out, k_pool, v_pool = fn(q, k, v, *pools, (self.writes, self.decodes, self.chunks))
+            specs = (rows, batch, batch, rows, rows, jax.tree.map(lambda _: batch, tables))
+            fn = layout.shard_map(fn, specs, (rows, rows, rows), over=over)
+        out, k_pool, v_pool = fn(qkv, cos, sin, *pools, tables)
         self.cache = KVCache(_replace(self.cache.k, layer, k_pool), _replace(self.cache.v, layer, v_pool))
-        return out.reshape(shape)
+        return out.reshape(tokens, kv_heads, vectors - 2, head_dim)
 
     def _local(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array, tables: tuple
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        k_pool: jax.Array,
+        v_pool: jax.Array,
+        tables: tuple[Any, Any, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         writes, decodes, chunks = tables
-        k_pool, v_pool = append(k_pool, k, *writes), append(v_pool, v, *writes)
-        flat, scale = q.reshape(q.shape[0], -1, q.shape[-1]), self.plan.config.head_dim**-0.5
+        plan, scale = self.plan, self.plan.config.head_dim**-0.5
         num_decodes = decodes[1].shape[0]
-        parts = []
-        if self.plan.deterministic and num_decodes:
-            return self._all_as_chunks(flat, k_pool, v_pool, decodes, chunks).reshape(q.shape), k_pool, v_pool
-        if num_decodes:
-            decode = DECODE_ATTENTION[self.plan.decode_attention]
-            parts.append(decode(flat[:num_decodes], k_pool, v_pool, *decodes, scale=scale))
-        if flat.shape[0] > num_decodes:
-            prefill = PREFILL_ATTENTION[self.plan.prefill_attention]
-            parts.append(prefill(flat[num_decodes:], k_pool, v_pool, *chunks, scale=scale))
-        out = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        # What the Mosaic decode kernel runs on, those that append do too.
+        kernels = "mosaic" if plan.decode_attention == "mosaic" else "reference"
+        if kernels == "mosaic" and num_decodes == qkv.shape[0] and not plan.deterministic:
+            return DECODE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *decodes, scale=scale)
+        q, k_pool, v_pool = ROTATE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *writes)
+        flat = q.reshape(q.shape[0], -1, q.shape[-1])
+        attend = functools.partial(self._attend_chunks, k_pool=k_pool, v_pool=v_pool)
+        if plan.deterministic:
+            return attend(flat, _with_decodes(decodes, chunks)).reshape(q.shape), k_pool, v_pool
+        if not num_decodes:
+            return attend(flat, chunks).reshape(q.shape), k_pool, v_pool
+        decode = DECODE_ATTENTION[plan.decode_attention]
+        out = decode(flat[:num_decodes], k_pool, v_pool, *decodes, scale=scale)
+        if plan.prefill_attention == "mosaic" and num_decodes < flat.shape[0]:
+            # Rows of no chunk cost it nothing: a few are filled in, where else all the others would be copied twice.
+            out = attend(flat, _shifted(chunks, num_decodes)).at[:num_decodes].set(out)
+        elif num_decodes < flat.shape[0]:
+            out = jnp.concatenate([out, attend(flat[num_decodes:], chunks)])
         return out.reshape(q.shape), k_pool, v_pool
 
-    def _all_as_chunks(
-        self, q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, decodes: tuple, chunks: tuple
-    ) -> jax.Array:
-        """Decoding rows as chunks of one token, so that a token's attention is the same in either way."""
-        table, kv_len = decodes
-        num_decodes = kv_len.shape[0]
-        ones = (table, jnp.arange(num_decodes, dtype=jnp.int32), jnp.minimum(kv_len, 1), kv_len)
-        chunks = (chunks[0], chunks[1] + num_decodes, *chunks[2:])
-        both = [jnp.concatenate(pair) for pair in zip(ones, chunks, strict=True)]
+    def _attend_chunks(self, q: jax.Array, chunks: tuple, *, k_pool: jax.Array, v_pool: jax.Array) -> jax.Array:
         prefill = PREFILL_ATTENTION[self.plan.prefill_attention]
-        return prefill(q, k_pool, v_pool, *both, scale=self.plan.config.head_dim**-0.5)
+        return prefill(q, k_pool, v_pool, *chunks, scale=self.plan.config.head_dim**-0.5)
+
+
+def _with_decodes(decodes: tuple, chunks: tuple) -> tuple[jax.Array, ...]:
+    """Decoding rows as chunks of one token before the others, so that a token's attention is the same in either way."""
+    table, kv_len = decodes
+    num_decodes = kv_len.shape[0]
+    if not num_decodes:
+        return chunks
+    ones = (table, jnp.arange(num_decodes, dtype=jnp.int32), jnp.minimum(kv_len, 1), kv_len)
+    return tuple(jnp.concatenate(pair) for pair in zip(ones, _shifted(chunks, num_decodes), strict=True))
+
+
+def _shifted(chunks: tuple, rows: int) -> tuple[jax.Array, ...]:
+    """The chunks with so many rows before them."""
+    table, start, *lengths = chunks
+    return table, start + rows, *lengths
 
 
 def join_rows(decodes: Array, tokens: Array, num_partitions: int) -> Array:

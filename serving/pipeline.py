@@ -18,6 +18,7 @@ from .kv_cache import KVCache
 from .paged_attention import PagedAttention
 from .step_input import PackedLayout, StepInput
 from .step_plan import StepPlan
+from .step_products import products_of
 
 Params = dict[str, jax.Array]
 LAYERS = "layers."
@@ -42,7 +43,8 @@ def run_layers(
     if between_stages is None:
         inputs = packing.unpack(packed)
         attend = PagedAttention(plan, cache, inputs, page_table)
-        x = LayerStack(plan.config, layers, plan.layout)(x, attend.position, attend)
+        products = products_of(plan, params, x.shape[0])
+        x = LayerStack(plan.config, layers, plan.layout, products)(x, attend.position, attend)
         return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
 
     axes = plan.layout.rules.layers
@@ -63,9 +65,8 @@ def run_layers(
         attend = PagedAttention(plan, jax.tree.map(lambda pool: pool[0], cache), inputs, page_table)
         come = jnp.concatenate([between[0, :, :decodes], between[0, :, first_token : first_token + tokens]], axis=1)
         x = jnp.where(stage[0] == 0, x, come.reshape(x.shape))
-        x = LayerStack(plan.config, {name: value[0] for name, value in layers.items()}, plan.layout)(
-            x, attend.position, attend
-        )
+        own = {name: value[0] for name, value in layers.items()}
+        x = LayerStack(plan.config, own, plan.layout, products_of(plan, params, x.shape[0]))(x, attend.position, attend)
         with jax.named_scope("stages"):
             rows = _sampling_rows(plan, inputs, x)
             rows = jax.lax.psum(jnp.where(stage[0] == count - 1, rows, 0), axes)

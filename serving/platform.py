@@ -23,8 +23,8 @@ def prepare(config: EngineConfig) -> None:
     with too few devices for the mesh, or on a GPU with another share of its memory. One of several processes is joined
     with the others here; harmless the second time.
     """
-    directory = Path(config.compile_cache_dir or default_cache_dir()).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    # XLA keeps what its autotuner found in a folder below.
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     mesh = config.layout_text.mesh
@@ -84,6 +84,9 @@ def _join(config: EngineConfig, processes: Processes) -> None:
         )
 
 
-def default_cache_dir() -> Path:
+def cache_dir(config: EngineConfig) -> Path:
+    """The one folder of everything that a later start need not make again."""
+    if config.compile_cache_dir:
+        return Path(config.compile_cache_dir).expanduser()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "paddock" / "compiled"

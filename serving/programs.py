@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
-from paddock.model import slot_specs
+from paddock.model import reduction_axes, slot_specs
 
 from .bucket import Bucket, BucketTable
+from .compiler import Job
 from .kv_cache import KVCache, abstract_cache, cache_spec
+from .mailboxes import abstract_table
 from .sampler import Sampled
-from .step import bind, edit_bias, score_rows, step
+from .step import bind, edit_bias, resample, score_rows, step
 from .step_input import PackedLayout
 from .step_plan import StepOutput, StepPlan, StepState
+from .step_products import MAILBOXES
 
 # From so many rows on XLA's products come from cuBLAS alone. Fewer rows stream weights faster through its Triton
 # kernels (H100, a layer of the 8B shape: 166 against 180 us at 1 row, 175 and 174 at 32, 239 against 229 at 256), each
@@ -43,7 +43,10 @@ class Programs:
     @functools.cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         specs = slot_specs(self.plan.config, self.plan.layout, self.plan.dtype)
-        return {name: self.plan.layout.abstract(spec) for name, spec in specs.items()}
+        params = {name: self.plan.layout.abstract(spec) for name, spec in specs.items()}
+        if self.plan.has_mailboxes:
+            params[MAILBOXES] = abstract_table(self.plan.layout.mesh, reduction_axes(self.plan.layout))
+        return params
 
     @functools.cached_property
     def cache(self) -> KVCache:
@@ -68,38 +71,39 @@ class Programs:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step of one bucket, traced from shapes alone."""
         fn = bind(step, self.plan, self.packings[bucket])
-        sampled: Any = [self._everywhere] * len(Sampled._fields)
         hidden: Any = self._hidden(bucket)
-        outputs = StepOutput(Sampled(*sampled), hidden)
+        logits: Any = None if bucket.full else self._logits
+        outputs = StepOutput(self._sampled, hidden, logits)
         jitted = jax.jit(fn, donate_argnums=(1, 2), out_shardings=(*self._kept, outputs))
         with self._precision:
             return jitted.lower(self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket)))
 
-    def compile(self, *, progress: bool = False) -> dict[Any, jax.stages.Compiled]:
-        """All of them, in parallel threads: the steps by bucket, "edit_bias", "score" and "allocate"."""
-        jobs: dict[Any, Callable[[], jax.stages.Lowered]] = {
-            bucket: functools.partial(self.lower, bucket) for bucket in self.packings
-        }
-        jobs |= {"edit_bias": self._lower_bias, "score": self._lower_score, "allocate": self._lower_allocate}
-        with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            futures = {pool.submit(self._compile, key, job): key for key, job in jobs.items()}
-            done = concurrent.futures.as_completed(futures)
-            bar = tqdm(done, total=len(futures), desc="Compiling steps", unit="step", disable=not progress)
-            return {futures[future]: future.result() for future in bar}
+    def jobs(self) -> dict[Any, Job]:
+        """All of them: the steps by bucket, ("resample", bucket) where a step has the least of the sampler,
+        "edit_bias", "score" and "allocate"."""
+        jobs = {bucket: self.job(bucket) for bucket in self.packings}
+        for bucket in self.packings:
+            if not bucket.full:
+                jobs["resample", bucket] = Job(functools.partial(self._lower_resample, bucket))
+        others = {"edit_bias": self._lower_bias, "score": self._lower_score, "allocate": self._lower_allocate}
+        return jobs | {name: Job(lower) for name, lower in others.items()}
 
-    def compile_step(self, bucket: Bucket) -> jax.stages.Compiled:
-        """The step of one bucket alone."""
-        return self._compile(bucket, functools.partial(self.lower, bucket))
-
-    def _compile(self, key: Any, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        return lower().compile(self._options(key))
-
-    def _options(self, key: Any) -> dict[str, Any]:
-        """XLA's options for one of the programs."""
+    def job(self, bucket: Bucket) -> Job:
+        """The step of one bucket, with XLA's options for it."""
         on_gpu = self.plan.layout.mesh.devices.flat[0].platform == "gpu"
-        if on_gpu and isinstance(key, Bucket) and key.decodes + key.chunk_tokens >= CUBLAS_ROWS:
-            return {"xla_gpu_enable_triton_gemm": False}
-        return {}
+        cublas = on_gpu and bucket.decodes + bucket.chunk_tokens >= CUBLAS_ROWS
+        return Job(functools.partial(self.lower, bucket), {"xla_gpu_enable_triton_gemm": False} if cublas else {})
+
+    def compile_step(self, bucket: Bucket, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """The step of one bucket alone, with `options` of XLA's beside those that it has anyway."""
+        job = self.job(bucket)
+        return job.lower().compile({**job.options, **(options or {})})
+
+    def facts(self) -> str:
+        """Everything that the programs depend on, but for JAX, the machine and our source: what a cache is asked by."""
+        mesh = self.plan.layout.mesh
+        plan = {f.name: getattr(self.plan, f.name) for f in dataclasses.fields(self.plan) if f.name != "layout"}
+        return repr((plan, dict(mesh.shape), self.plan.layout.rules, self.buckets, self.num_pages))
 
     @property
     def _precision(self) -> Any:
@@ -114,6 +118,15 @@ class Programs:
     def _kept(self) -> tuple[Any, Any]:
         return jax.tree.map(lambda x: x.sharding, (self.cache, self.state))
 
+    @property
+    def _sampled(self) -> Sampled:
+        everywhere: list[Any] = [self._everywhere] * len(Sampled._fields)
+        return Sampled(*everywhere)
+
+    @property
+    def _logits(self) -> NamedSharding:
+        return self.plan.layout.sharding((None, "vocab"))
+
     def _hidden(self, bucket: Bucket) -> NamedSharding | None:
         """Chunk rows stay whole on each device, and at their own stage."""
         if not bucket.chunk_tokens:
@@ -122,6 +135,14 @@ class Programs:
 
     def _ints(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+
+    def _lower_resample(self, bucket: Bucket) -> jax.stages.Lowered:
+        shape = (bucket.rows, self.plan.dims.vocab)
+        logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._logits)
+        fn = bind(resample, self.plan, self.packings[bucket])
+        jitted = jax.jit(fn, donate_argnums=0, out_shardings=(self._kept[1], self._sampled))
+        with self._precision:
+            return jitted.lower(self.state, self._ints(*self.packed_shape(bucket)), logits)
 
     def _lower_bias(self) -> jax.stages.Lowered:
         jitted = jax.jit(edit_bias, donate_argnums=0, out_shardings=self._kept[1])

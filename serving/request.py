@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from .detokenizer import Detokenizer
 from .errors import RequestFailed
-from .executor import SampledToken
 from .outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprobs
 from .sampling_params import SamplingParams
-from .sequence import Sequence
+from .sequence import Sequence as Seq
 from .stop import StopChecker
 from .tokenizer import Tokenizer
 
@@ -22,10 +21,13 @@ OutputKind = Literal["delta", "final"]
 
 @dataclasses.dataclass(slots=True)  # not frozen, which takes three times as long to make
 class TokenEvent:
-    """The engine's word to a request: a token of its output `index`, and how that output ended if it did."""
+    """The engine's word to a request: new tokens of its output `index`, and how that output ended if it did.
+
+    `logprobs` are those of the only token.
+    """
 
     index: int
-    token_id: int | None
+    token_ids: Sequence[int] = ()
     logprobs: TokenLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
@@ -69,12 +71,11 @@ class RequestStream:
     ):
         self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, prompt_token_ids
         self.params, self.times, self.output_kind = params, times, output_kind
-        self.sequences: list[Sequence] = []  # the engine thread's
+        self.sequences: list[Seq] = []  # the engine thread's
         self._tokenizer, self._abort, self._on_event = tokenizer, abort, on_event
-        self._events: queue.SimpleQueue[list[TokenEvent]] = queue.SimpleQueue()
-        self._held: list[TokenEvent] = []
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         # Nobody waits for a token that neither is shown nor may end the output by the text it completes.
-        self._wakes_often = output_kind == "delta" or bool(params.stop)
+        self.wants_each_token = output_kind == "delta" or bool(params.stop) or params.logprobs is not None
         self._outputs = [_Output(i, params, tokenizer, prompt_token_ids) for i in range(params.n)]
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -82,12 +83,8 @@ class RequestStream:
         self._delivered_prompt = self._has_news = False
 
     def put(self, event: TokenEvent) -> None:
-        """The engine thread's side. Wakes the consumer, as a rule for each token: of a "final" output at its end."""
-        self._held.append(event)
-        if not self._wakes_often and event.finish_reason is None and event.error is None:
-            return
-        held, self._held = self._held, []
-        self._events.put(held)
+        """The engine thread's side. Wakes the consumer."""
+        self._events.put(event)
         if self._on_event is not None:
             self._on_event(self)
 
@@ -100,11 +97,10 @@ class RequestStream:
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                events = self._events.get(timeout=left) if left != 0 else self._events.get_nowait()
+                event = self._events.get(timeout=left) if left != 0 else self._events.get_nowait()
             except queue.Empty:
                 return None
-            for event in events:
-                self._take(event)
+            self._take(event)
             # Everything that has piled up goes out as one output; prompt scores wait for the first token.
             if self._events.empty() and (self.finished or (self.output_kind == "delta" and self._has_news)):
                 return self._snapshot()
@@ -133,9 +129,10 @@ class RequestStream:
         if output.done:
             return  # tokens that were on their way when a stop string ended it
         value = output.value
-        self._has_news |= event.token_id is not None or event.finish_reason is not None
-        if event.token_id is not None:
-            self._add_token(output, event.token_id, event.logprobs, is_stop=event.finish_reason == "stop")
+        self._has_news |= bool(event.token_ids) or event.finish_reason is not None
+        for place, token in enumerate(event.token_ids, 1):
+            is_stop = event.finish_reason == "stop" and place == len(event.token_ids)
+            self._add_token(output, token, event.logprobs, is_stop=is_stop)
         if output.stop.matched is not None:
             value.finish_reason, value.stop_reason = "stop", output.stop.matched
             output.done = True
@@ -190,9 +187,3 @@ class RequestStream:
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, values, self.finished, self.times, prompt_logprobs
         )
-
-
-def event_of(sampled: SampledToken, index: int) -> TokenEvent:
-    """What a committed token means to the request whose output `index` it belongs to."""
-    seq = sampled.seq
-    return TokenEvent(index, sampled.token_id, sampled.logprobs, seq.finish_reason, seq.stop_reason)

@@ -153,16 +153,23 @@ class Scheduler:
             tuple(seq for taken in decodes for seq in taken), tuple(chunk for mine in chunks for chunk in mine)
         )
 
-    def landed(self, seq: Sequence, token: int) -> bool:
-        """A sampled token was read; False: the sequence has ended meanwhile, and the token is nobody's."""
-        seq.in_flight -= 1
-        status = seq.status
-        if status is not SequenceStatus.RUNNING and not seq.in_flight and seq.slot >= 0:
-            self.partitions[seq.partition].release_slot(seq)
-        if status is SequenceStatus.FINISHED:
-            return False
-        seq.output_token_ids.append(token)
-        return True
+    def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[list[Sequence], list[Sequence]]:
+        """A sampled token of each was read. Returns the sequences that took theirs, for one that has ended meanwhile
+        has no use for it, and those among them for which it is the last."""
+        landed, last = [], []
+        for seq, token in zip(seqs, tokens, strict=True):
+            seq.in_flight -= 1
+            if seq.status is not SequenceStatus.RUNNING:
+                if not seq.in_flight and seq.slot >= 0:
+                    self.partitions[seq.partition].release_slot(seq)
+                if seq.status is SequenceStatus.FINISHED:
+                    continue
+            output = seq.output_token_ids
+            output.append(token)
+            landed.append(seq)
+            if token in seq.stop_token_ids or len(output) >= seq.max_tokens:
+                last.append(seq)
+        return landed, last
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """Release everything `seq` holds, whatever it was doing. Its steps in flight write to pages that only later
@@ -193,25 +200,26 @@ class Scheduler:
 
     def _decode(self, part: Partition) -> list[Sequence]:
         """The decoding sequences that take part in this tick, with room for their next token."""
-        decoding, page_size = part.decoding, part.pool.page_size
-        limit = min(-(-len(decoding) // self.num_stages), self.max_num_batched_tokens)
+        page_size, tick = part.pool.page_size, self._tick
+        limit = min(-(-len(part.decoding) // self.num_stages), self.max_num_batched_tokens)
         taken: list[Sequence] = []
-        index = 0
-        while index < len(decoding) and len(taken) < limit:
-            seq = decoding[index]
-            if seq.ready_tick > self._tick:
-                index += 1
+        complete: list[Sequence] = []
+        for seq in list(part.decoding) if limit else ():
+            if seq.ready_tick > tick or seq.status is not SequenceStatus.RUNNING:
                 continue
-            if seq.num_computed >= len(seq.pages) * page_size and not self._grow(part, seq):
-                continue  # it gave way itself, and the next one has taken its place in the list
-            seq.num_computed += 1
+            computed = seq.num_computed + 1
+            if computed > len(seq.pages) * page_size and not self._grow(part, seq):
+                continue  # it gave way itself
+            seq.num_computed = computed
             seq.in_flight += 1
-            seq.ready_tick = self._tick + self.num_stages
+            seq.ready_tick = tick + self.num_stages
             taken.append(seq)
-            index += 1
-        complete = [seq for seq in taken if seq.is_complete]
+            if computed >= seq.last_computed:
+                complete.append(seq)
+            if len(taken) == limit:
+                break
         for seq in complete:
-            decoding.remove(seq)
+            part.decoding.remove(seq)
         return taken
 
     def _prompts(self) -> list[tuple[int, int]]:

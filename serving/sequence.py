@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 from .sampling_params import SamplingParams
 
@@ -45,6 +46,11 @@ class Sequence:
     num_prompt_scored: int = 0
     # The slot's bias row keeps the stop tokens from being sampled, until min_tokens are there.
     stops_banned: bool = False
+
+    @functools.cached_property
+    def last_computed(self) -> int:
+        """Tokens over which it may be computed: the last one that it may sample needs no step of its own."""
+        return len(self.prompt_token_ids) + self.max_tokens - 1
 
     @property
     def num_prompt(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from paddock.model import Llama
 
+from .bucket import Bucket
 from .kv_cache import KVCache
 from .paged_attention import join_rows
 from .pipeline import Params, run_layers
@@ -41,9 +43,32 @@ def step(
         plan, packing, params, cache, page_table, state.between_stages, packed, x
     )
     logits = model.logits(rows)
+    sampler, sampled = _sample(plan, packing.bucket, leaving, state.sampler, logits)
+    last_token = state.last_token.at[leaving.rows.slot].set(sampled.tokens, mode="drop")
+    new_state = StepState(last_token, page_table, sampler, between_stages)
+    kept = None if packing.bucket.full else logits
+    return cache, new_state, StepOutput(sampled, _pad_chunks(plan, packing, chunk_hidden), kept)
+
+
+def resample(
+    plan: StepPlan, packing: PackedLayout, state: StepState, packed: jax.Array, logits: Float[Array, "R V"]
+) -> tuple[StepState, Sampled]:
+    """The sampler with all that it can, over the logits of a step that had the least of it. `state` is donated.
+
+    On a GPU this takes the place of a second executable of each bucket, layers and all.
+    """
+    leaving = plan.layout.whole(packing.unpack(packed[-1] if plan.stages.count > 1 else packed))
+    sampler, sampled = _sample(plan, dataclasses.replace(packing.bucket, full=True), leaving, state.sampler, logits)
+    last_token = state.last_token.at[leaving.rows.slot].set(sampled.tokens, mode="drop")
+    return state._replace(last_token=last_token, sampler=sampler), sampled
+
+
+def _sample(
+    plan: StepPlan, bucket: Bucket, leaving: StepInput, state: SamplerState, logits: Float[Array, "R V"]
+) -> tuple[SamplerState, Sampled]:
     with jax.named_scope("sample"):
-        sampler = _count_prompts(plan, leaving, state.sampler) if packing.bucket.full else state.sampler
-        flags = compiled_flags(leaving.flags, full=packing.bucket.full, branches=plan.branches)
+        sampler = _count_prompts(plan, leaving, state) if bucket.full else state
+        flags = compiled_flags(leaving.flags, full=bucket.full, branches=plan.branches)
 
         # Flags that are compiled in must not become arrays on the way.
         traced = flags if plan.branches else {}
@@ -53,12 +78,10 @@ def step(
             return sample(logits, rows, state, {**flags, **traced}, plan.num_logprobs)
 
         sampled = plan.layout.whole(on_own_rows(plan.layout, draw, logits, leaving.rows, (sampler, traced)))
-        if packing.bucket.full:
+        if bucket.full:
             counts = sampler.counts.at[leaving.rows.slot, sampled.tokens].add(1, mode="drop")
             sampler = sampler._replace(counts=counts)
-    last_token = state.last_token.at[leaving.rows.slot].set(sampled.tokens, mode="drop")
-    new_state = StepState(last_token, page_table, sampler, between_stages)
-    return cache, new_state, StepOutput(sampled, _pad_chunks(plan, packing, chunk_hidden))
+    return sampler, sampled
 
 
 def _pad_chunks(plan: StepPlan, packing: PackedLayout, hidden: jax.Array) -> jax.Array | None:

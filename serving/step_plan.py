@@ -25,17 +25,20 @@ class StepState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What comes back: the sampled rows, and the chunks' hidden states [max chunk tokens, D] for prompt_logprobs (over
-    stages [stages, max chunk tokens, D], the last of which counts)."""
+    """What comes back: the sampled rows, the chunks' hidden states [max chunk tokens, D] for prompt_logprobs (over
+    stages [stages, max chunk tokens, D], the last of which counts), and where the sampler's slow half is a program of
+    its own (`resample`) the logits [R V] for it."""
 
     sampled: Sampled
     hidden: jax.Array | None
+    logits: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
     """What every executable of an engine has in common. `max_decodes` is the most decoding rows of a step.
 
+    `products`: `mosaic` for `LocalProducts`. `all_reduce`: see `step_products`.
     `deterministic`: decoding rows attend as chunks of one token do, since a preempted sequence's tokens come back so.
     """
 
@@ -51,6 +54,8 @@ class StepPlan:
     decode_attention: str
     prefill_attention: str
     branches: bool
+    products: str = "xla"
+    all_reduce: str = "xla"
     deterministic: bool = False
 
     @property
@@ -65,6 +70,11 @@ class StepPlan:
     def num_partitions(self) -> int:
         """Pieces that the rule `batch` cuts the engine's sequences into."""
         return self.layout.num_shards("batch")
+
+    @property
+    def has_mailboxes(self) -> bool:
+        """Whether devices write into each other's memory; steps then take the table of its addresses."""
+        return self.all_reduce == "mosaic"
 
     def state_specs(self) -> StepState:
         """The state as `ArraySpec`s."""

@@ -98,9 +98,9 @@ def _decode(
     while min(map(len, times.values())) < count:
         results = _turn(replicas)
         now = time.perf_counter()
-        for sampled in (sampled for result in results for sampled in result.tokens):
-            times[id(sampled.seq)].append(now)
-        buckets.update(result.bucket for result in results if result.bucket and result.tokens)
+        for seq in (seq for result in results for seq in result.advanced):
+            times[id(seq)].append(now)
+        buckets.update(result.bucket for result in results if result.bucket and result.advanced)
     for index, built in enumerate(replicas):
         built.engine.abort(sequences[index :: len(replicas)])
         while not built.engine.is_idle:

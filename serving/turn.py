@@ -12,7 +12,7 @@ from typing import Any
 from .engine import Engine, StepResult
 from .errors import OutOfStep
 from .sampling_params import SamplingParams
-from .sequence import Sequence, SequenceStatus
+from .sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,8 @@ class Lockstep:
 
     def run(self) -> StepResult:
         result = self.engine.step()
-        for seq in (*(sampled.seq for sampled in result.tokens), *result.failed):
-            if seq.status is SequenceStatus.FINISHED:
-                self._alive.pop(seq.seq_id, None)
+        for seq in (*result.ended, *result.failed):
+            self._alive.pop(seq.seq_id, None)
         self.step += 1
         if not self._alone:
             self.digest = digest_of(result, self.digest)
@@ -97,6 +96,6 @@ def digest_of(result: StepResult, before: int = 0) -> int:
     for chunk in result.schedule.chunks:
         words.extend((chunk.seq.seq_id, chunk.start, chunk.length, chunk.samples))
         words.extend(chunk.seq.pages)
-    for sampled in result.tokens:
-        words.extend((sampled.seq.seq_id, sampled.token_id))
+    for seq in result.advanced:
+        words.extend((seq.seq_id, seq.output_token_ids[-1]))
     return zlib.crc32(words.tobytes(), before)

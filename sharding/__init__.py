@@ -5,11 +5,12 @@ from .layout import ArraySpec, Layout
 from .layout_text import LayoutText
 from .mesh import MeshConfig
 from .presets import PRESETS, Preset
-from .rules import LogicalAxes, ShardingRules
+from .rules import Axes, LogicalAxes, ShardingRules
 
 __all__ = [
     "PRESETS",
     "ArraySpec",
+    "Axes",
     "Collective",
     "Layout",
     "LayoutText",

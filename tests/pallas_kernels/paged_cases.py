@@ -94,3 +94,46 @@ def dense_decode(q: jax.Array, case: PagedCase, lengths: list[int], scale: float
 def relative_error(got: Any, wanted: np.ndarray) -> float:
     """||got - wanted|| / ||wanted||; NaN if anything in `got` is."""
     return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
+
+
+@dataclass
+class NewTokens:
+    """A new token for each sequence of a case, whose place in the pools holds NaN, and what attention must see."""
+
+    qkv: jax.Array  # [B, K, G+2, h]
+    cos: jax.Array  # [B, h/2] float32
+    sin: jax.Array
+    rotated: jax.Array  # [B, K, G+2, h]: what must be attended with and kept; values as they are
+
+
+def with_new_tokens(case: PagedCase, lengths: list[int], heads: int, dtype: Any = jnp.float32) -> NewTokens:
+    """Make the last token of every sequence a new one: taken out of the pools, and into `keys` and `values` rotated."""
+    random, (kv_heads, page_size, head_dim) = np.random.default_rng(4), case.k_pages.shape[1:]
+    shape = (len(lengths), kv_heads, heads // kv_heads + 2, head_dim)
+    qkv = jnp.asarray(random.standard_normal(shape), dtype)
+    angles = random.uniform(0, 6, (len(lengths), head_dim // 2)).astype(np.float32)
+    values = np.asarray(qkv, np.float64)
+    first, second = np.split(values, 2, axis=-1)
+    cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
+    rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    rotated[:, :, -1] = values[:, :, -1]
+    rotated = np.asarray(jnp.asarray(rotated, dtype), np.float64)
+    for row, length in enumerate(lengths):
+        if length:
+            page, offset = case.page_table[row, (length - 1) // page_size], (length - 1) % page_size
+            case.k_pages = case.k_pages.at[page, :, offset].set(jnp.nan)
+            case.v_pages = case.v_pages.at[page, :, offset].set(jnp.nan)
+            case.keys[row][-1], case.values[row][-1] = rotated[row, :, -2], rotated[row, :, -1]
+    return NewTokens(qkv, jnp.cos(angles), jnp.sin(angles), jnp.asarray(rotated, dtype))
+
+
+def pools_with(case: PagedCase, lengths: list[int], new: NewTokens) -> list[np.ndarray]:
+    """The pools with every new token in its place, and nothing else touched."""
+    pools = [np.asarray(pool, np.float32).copy() for pool in (case.k_pages, case.v_pages)]
+    page_size = pools[0].shape[2]
+    for row, length in enumerate(lengths):
+        if length:
+            page, offset = int(case.page_table[row, (length - 1) // page_size]), (length - 1) % page_size
+            for kind, pool in enumerate(pools):
+                pool[page, :, offset] = np.asarray(new.rotated[row, :, kind - 2], np.float32)
+    return pools

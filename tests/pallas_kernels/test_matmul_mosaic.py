@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from matmul_cases import exact, exact_norm, operands, relative_error
 
 from paddock.pallas_kernels.matmul_mosaic import check_matmul_mosaic, matmul_mosaic
 from paddock.pallas_kernels.matmul_norm import matmul_add_norm_mosaic
-from paddock.pallas_kernels.matmul_tables import MATMUL, MATMUL_ADD_NORM
+from paddock.pallas_kernels.matmul_tables import ADD_NORM, MATMUL, MATMUL_ADD_NORM
 from paddock.pallas_kernels.matmul_tiling import (
     DEPTH,
     SMEM,
@@ -77,6 +78,20 @@ def test_addition_and_norm_equal_numpy(name: str, tiling: Tiling) -> None:
     assert relative_error(normed, exact_norm(total, scale, EPS)) <= 2 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["reference", "mosaic"])
+def test_parts_are_added_and_normed(name: str) -> None:
+    """Float32 parts with rows that do not count, onto rows that are fewer than theirs."""
+    parts = jax.random.normal(jax.random.key(0), (3, 8, 256))
+    residual = operands(5, 256, 1)[0]
+    scale = jax.random.uniform(jax.random.key(3), (256,), jnp.bfloat16, 0.5, 2.0)
+    options: dict[str, Any] = {} if name == "reference" else {"interpret": True}
+    total, normed = ADD_NORM[name](parts.at[:, 5:].set(jnp.nan), residual, scale, eps=EPS, **options)
+    wanted = np.asarray(parts, np.float64).sum(axis=0)[:5] + np.asarray(residual, np.float64)
+    assert total.dtype == normed.dtype == jnp.bfloat16
+    assert relative_error(total, wanted) <= TOLERANCE
+    assert relative_error(normed, exact_norm(total, scale, EPS)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("dtype", "m", "k", "n", "named"),
     [
@@ -95,7 +110,7 @@ def test_what_the_kernel_cannot_do_is_refused(dtype: Any, m: int, k: int, n: int
 
 def test_a_norm_of_odd_width_is_refused() -> None:
     x, w = operands(8, 64, 64)
-    with pytest.raises(ValueError, match="columns to be a multiple of 128: got 64"):
+    with pytest.raises(ValueError, match="a multiple of 128 columns, 16384 at most: got 64"):
         matmul_add_norm_mosaic(x, w, x, x[0], eps=EPS, interpret=True)
 
 

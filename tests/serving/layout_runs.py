@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import tiny_config
@@ -14,6 +13,8 @@ from engines import TokenComparison
 
 from paddock.checkpoints.load import load
 from paddock.model.shapes import SHAPES
+from paddock.serving.bucket import Bucket
+from paddock.serving.compiler import Job
 from paddock.serving.engine import Engine, Limits
 from paddock.serving.engine_config import EngineConfig
 from paddock.serving.executor import Executor
@@ -31,11 +32,10 @@ NUM_SLOTS, PAGE_SIZE, STEP_TOKENS = 8, 4, 32
 
 
 class StepAlone(Programs):
-    """Without the programs for logit bias and prompt_logprobs."""
+    """Without the programs for logit bias, prompt_logprobs and what else few requests ask for."""
 
-    def compile(self, *, progress: bool = False) -> dict[Any, jax.stages.Compiled]:
-        compiled: dict[Any, Any] = {bucket: self.lower(bucket).compile() for bucket in self.packings}
-        return compiled | {"allocate": self._lower_allocate().compile()}
+    def jobs(self) -> dict[Any, Job]:
+        return {key: job for key, job in super().jobs().items() if isinstance(key, Bucket) or key == "allocate"}
 
 
 def resolve_tiny(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> Resolved:
@@ -57,7 +57,7 @@ def engine_of(resolved: Resolved, *, pages: int, full: bool) -> Engine:
     """An engine with `pages` usable pages, all partitions together; not `full`: with the sampler's fast half alone."""
     plan = dataclasses.replace(resolved.plan, branches=full)
     # One executable a layout: every step takes the largest bucket.
-    table = dataclasses.replace(resolved.buckets, single=True, variants=(full,))
+    table = dataclasses.replace(resolved.buckets, single=True, full=full)
     num_pages = pages // plan.num_partitions + 1
     params = load(Path(), CONFIG, plan.layout, "float32", "dummy")
     executor = Executor(StepAlone(plan, table, num_pages), params)
@@ -103,12 +103,13 @@ def run(resolved: Resolved, *, pages: int, full: bool = False) -> Run:
             noise = engine.add(prompts[-1 - index], SamplingParams(temperature=1.0, seed=index, max_tokens=20))
         if step % 2 == 1:
             engine.abort(noise)
-        for sampled in engine.step().tokens:
-            if sampled.seq in where:
-                index = where[sampled.seq]
-                tokens[index].append(sampled.token_id)
-                if sampled.logprobs is not None:
-                    first, second = sorted((c.logprob for c in sampled.logprobs.values()), reverse=True)[:2]
+        result = engine.step()
+        for seq in result.advanced:
+            if seq in where:
+                index = where[seq]
+                tokens[index].append(seq.output_token_ids[-1])
+                if seq in result.logprobs:
+                    first, second = sorted((c.logprob for c in result.logprobs[seq].values()), reverse=True)[:2]
                     margins[index].append(first - second)
         step += 1
         assert step < 600

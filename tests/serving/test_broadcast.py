@@ -16,7 +16,7 @@ from paddock.serving.broadcast import Follower, Leader
 from paddock.serving.bucket import Bucket
 from paddock.serving.engine import Engine, Limits
 from paddock.serving.errors import EngineDead, OutOfStep
-from paddock.serving.executor import SampledToken, StepFuture
+from paddock.serving.executor import StepFuture
 from paddock.serving.page_pool import PagePool
 from paddock.serving.processes import Processes
 from paddock.serving.scheduler import Schedule, Scheduler
@@ -71,10 +71,10 @@ class CountingFuture(StepFuture):
 
     def __init__(self, schedule: Schedule):
         self.schedule, self.bucket, self.num_tokens = schedule, Bucket(1, 0, 0, True), schedule.num_tokens
-        self.rows = list(enumerate(schedule.sampling))
+        self.seqs = schedule.sampling
 
-    def read(self) -> list[SampledToken]:
-        return [SampledToken(seq, len(seq.output_token_ids) + 1, None) for _, seq in self.rows]
+    def read(self) -> tuple[list[int], dict]:
+        return [len(seq.output_token_ids) + 1 for seq in self.seqs], {}
 
     def read_prompt_logprobs(self) -> tuple[()]:
         return ()

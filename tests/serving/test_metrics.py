@@ -82,8 +82,8 @@ def test_histogram_buckets_are_cumulative_with_inclusive_ends(metrics):
 
 def test_tokens_and_compilations_are_counted(metrics):
     metrics.on_prompt(7)
-    metrics.on_tokens(1, [])
-    metrics.on_tokens(2, [0.01])
+    metrics.on_tokens(1, {})
+    metrics.on_tokens(2, {0.01: 1})
     metrics.on_compile()
     metrics.on_compile(3)
     metrics.on_rejected()

@@ -42,11 +42,8 @@ def read(schedules: Iterable[Schedule], scheduler: Scheduler) -> None:
     """What the engine does when a step's tokens arrive."""
     for schedule in schedules:
         for seq in schedule.sampling:
-            scheduler.landed(seq, 1)
-            if seq.status is SequenceStatus.FINISHED:
-                continue
-            if len(seq.output_token_ids) >= seq.max_tokens:
-                scheduler.finish(seq, "length")
+            for ended in scheduler.land([seq], [1])[1]:
+                scheduler.finish(ended, "length")
 
 
 def test_prompts_are_chunked_to_the_budget_in_order_of_arrival() -> None:
@@ -117,7 +114,7 @@ def test_a_preempted_sequence_waits_for_its_token() -> None:
     scheduler.schedule()
     scheduler._preempt(scheduler.running[0])
     assert not scheduler.schedule(), "the sampled token is still on the device"
-    scheduler.landed(scheduler.waiting[0], 1)
+    scheduler.land([scheduler.waiting[0]], [1])
     assert scheduler.schedule().chunks[0].length == 5
 
 

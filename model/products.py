@@ -1,0 +1,54 @@
+"""How a layer's products are computed, and what goes with them: by the compiler, unless a subclass knows better."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float
+
+from .activations import Activations
+
+# The scale [D] and epsilon of the norm that follows.
+Norm = tuple[jax.Array, float]
+
+
+def project(x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
+    """x times `weight` [D, ...], as [T, ...].
+
+    Always a product of two matrices: with more axes XLA's CPU backend copies the weight, transposed, at every step.
+    """
+    out = x @ weight.reshape(weight.shape[0], -1)
+    return out.reshape(x.shape[0], *weight.shape[1:])
+
+
+class Products:
+    """The compiler's: it fuses what it can, and puts in the sums over devices where the layout needs them."""
+
+    def project(self, x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
+        """See `project`."""
+        return project(x, weight)
+
+    def swiglu(
+        self, x: Float[Array, "T D"], gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None
+    ) -> Float[Array, "T F"]:
+        """SwiGLU's hidden rows (Shazeer 2020)."""
+        both = self.project(x, gate_up)
+        if bias is not None:
+            both = both + bias[None]
+        return jax.nn.silu(both[..., 0]) * both[..., 1]
+
+    def leave(
+        self,
+        placed: Activations,
+        x: Float[Array, "T D"],
+        hidden: Float[Array, "T E"],
+        weight: Float[Array, "E D"],
+        bias: Float[Array, " D"] | None,
+        norm: Norm | None,
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None]:
+        """From a block back to the residual stream `x`: that, and the next block's norm of it where that comes with it.
+
+        `norm` is None after the last layer.
+        """
+        out = hidden @ weight
+        out = out if bias is None else out + bias[None]
+        return placed.residual(x + placed.residual(out)), None

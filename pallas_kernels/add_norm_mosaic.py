@@ -1,0 +1,66 @@
+"""Addition to the residual stream and norm as one Pallas kernel for NVIDIA GPUs (Mosaic GPU)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from .add_norm_reference import check_add_norm
+from .compat import mosaic_mode
+
+LANES = 128  # threads of a warpgroup: a row is spread over them evenly
+MAX_COLUMNS = 16384  # of a row that fits the registers of a warpgroup
+
+
+def check_add_norm_mosaic(columns: int) -> None:
+    """Raise ValueError naming what `add_norm_mosaic` cannot run on."""
+    if columns % LANES or columns > MAX_COLUMNS:
+        raise ValueError(f"add_norm_mosaic needs a multiple of {LANES} columns, {MAX_COLUMNS} at most: got {columns}")
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))  # traced once, not once a layer
+def add_norm_mosaic(
+    parts: Float[Array, "S R D"],
+    residual: Float[Array, "M D"],
+    scale: Float[Array, " D"],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+    """As `add_norm_reference`, one thread block a row, which reads everything once: XLA makes three kernels of it.
+
+    `interpret` runs the kernel on the CPU, for tests. Raises ValueError for a D that is no multiple of 128 or more than
+    16384, and on JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, on a platform that is no NVIDIA
+    GPU.
+    """
+    check_add_norm(parts, residual, scale)
+    check_add_norm_mosaic(residual.shape[1])
+    shaped = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    total, normed = plgpu.kernel(
+        functools.partial(_add_norm_row, eps=eps),
+        out_type=(shaped, shaped),
+        grid=(residual.shape[0],),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=mosaic_mode(interpret),
+    )(parts, residual, scale)
+    return total, normed
+
+
+def _add_norm_row(parts: Any, residual: Any, scale: Any, total_ref: Any, normed_ref: Any, *, eps: float) -> None:
+    """Kernel body, one row. parts [S, R, D]; residual, total_ref, normed_ref [M, D]; scale [D]."""
+    row = lax.axis_index("row")
+    total = residual[row].astype(jnp.float32)
+    for part in range(parts.shape[0]):
+        total = total + parts[part, row].astype(jnp.float32)
+    rounded = total.astype(total_ref.dtype)
+    total_ref[row] = rounded
+    wide = rounded.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.sum(wide * wide) / wide.shape[0] + eps)
+    normed_ref[row] = wide.astype(normed_ref.dtype) * scale[...]

@@ -1,0 +1,72 @@
+"""Who computes a step's products, and which all-reduce its blocks end in: the compiler's own, or kernels of ours."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+
+from paddock.model import LocalProducts, Products, Reduction, reduction_axes
+from paddock.pallas_kernels import ALL_REDUCE, MailboxShape, check_all_reduce_mosaic
+from paddock.sharding import Layout
+
+from .step_plan import StepPlan
+
+logger = logging.getLogger("paddock")
+
+# Sums are left to the compiler, which puts them where the layout needs them.
+COMPILER = "xla"
+# The table of mailboxes among a step's unchanging arrays, beside the weights.
+MAILBOXES = "mailboxes"
+# Where the kernel was measured to be the faster one (docs/numbers.md): cards with NVLink, and devices that reduce.
+MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
+
+
+def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
+    """`name`, with auto resolved: the Mosaic kernel where it can run and was measured to be faster.
+
+    Raises ValueError for what a layout or a device cannot have.
+    """
+    if name == "auto":
+        device, devices = layout.mesh.devices.flat[0], layout.num_shards("mlp")
+        if getattr(device, "device_kind", "") not in MEASURED_KINDS or devices not in MEASURED_DEVICES:
+            return COMPILER
+        try:
+            _check(layout, embed_dim, dtype)
+        except ValueError as error:
+            logger.info("all_reduce is %s: %s", COMPILER, error)
+            return COMPILER
+        return "mosaic"
+    if name == COMPILER:
+        return name
+    if name not in ALL_REDUCE:
+        raise ValueError(f"all_reduce {name!r} is unknown; there are {', '.join(sorted({*ALL_REDUCE, COMPILER}))}")
+    if name == "mosaic":
+        _check(layout, embed_dim, dtype)
+    reduction_axes(layout)
+    return name
+
+
+def _check(layout: Layout, embed_dim: int, dtype: Any) -> None:
+    reduction_axes(layout)
+    device = layout.mesh.devices.flat[0]
+    if getattr(device, "compute_capability", "") != "9.0":
+        raise ValueError(f"all_reduce mosaic needs NVIDIA Hopper GPUs, which {device.device_kind} is not")
+    if any(other.process_index != jax.process_index() for other in layout.mesh.devices.flat):
+        raise ValueError("all_reduce mosaic needs all devices in one process: others' memory has no address here")
+    check_all_reduce_mosaic(embed_dim, layout.num_shards("mlp"), dtype)
+
+
+def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> Products:
+    """For steps of so many rows. Messages that mailboxes are too small for are the compiler's, too."""
+    if plan.products == "mosaic":
+        return LocalProducts(num_rows)
+    if plan.all_reduce == COMPILER:
+        return Products()
+    axes = reduction_axes(plan.layout)
+    if plan.all_reduce == "mosaic":
+        row_bytes = plan.config.embed_dim * jax.numpy.dtype(plan.dtype).itemsize
+        if num_rows > MailboxShape(plan.layout.size_of(axes)).max_rows(row_bytes):
+            return Products()
+    return Reduction(plan.layout, axes, plan.all_reduce, params.get(MAILBOXES))
