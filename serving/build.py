@@ -44,9 +44,14 @@ class Built:
 
 
 def build(
-    config: EngineConfig, *, replica: int = 0, progress: bool = False, buckets: BucketTable | None = None
+    config: EngineConfig,
+    *,
+    replica: int = 0,
+    progress: bool = False,
+    buckets: BucketTable | None = None,
+    make: type[Compiler] = Compiler,
 ) -> Built:
-    """The engine of one replica. `buckets`: instead of the engine's own, where only a few steps will be run.
+    """The engine of one replica. `buckets`, instead of the engine's own, and `make` are for those who run few steps.
 
     Raises ValueError (CheckpointError among them) naming what cannot be had.
     """
@@ -77,7 +82,7 @@ def build(
             progress=progress,
         )
     with phase("compile"):
-        compiler = Compiler(_program_cache(config, resolved.programs), progress=progress)
+        compiler = make(_program_cache(config, resolved.programs), progress=progress)
         executor = Executor(resolved.programs, params, compiler)
         report = compiler.report
     made = report.num_lowered, report.num_compiled

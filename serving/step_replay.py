@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +17,9 @@ from paddock.model import LlamaConfig, stack_stages
 from paddock.sharding import Layout
 
 from .bucket import Bucket, BucketTable
+from .compiler import Compiler, Job
+from .engine_config import EngineConfig
+from .executor import Executor
 from .footprint import MAX_CHUNKS
 from .programs import Programs
 from .resolve import plan_steps
@@ -40,6 +41,20 @@ class Sizes:
     tokens: int
 
 
+class LoneSteps(BucketTable):
+    """Decoding alone and prompts alone."""
+
+    def all(self) -> list[Bucket]:
+        return [bucket for bucket in super().all() if not bucket.decodes or not bucket.chunk_tokens]
+
+
+class StepsAlone(Compiler):
+    """Makes an engine's steps, and not what only some requests ask for."""
+
+    def run(self, jobs: Mapping[Any, Job]) -> dict[Any, jax.stages.Compiled]:
+        return super().run({key: job for key, job in jobs.items() if isinstance(key, Bucket) or key == "allocate"})
+
+
 class StepReplay:
     """The steps of `model` in `layout` with random weights, keys and values, and pages in random order.
 
@@ -58,18 +73,19 @@ class StepReplay:
             max_num_seqs=slots,
             max_num_batched_tokens=max(sizes.chunks[-1], slots),
             max_model_len=sizes.context,
+            num_logprobs=min(EngineConfig.max_logprobs, model.vocab_size),
+            products=EngineConfig.products,
+            all_reduce=EngineConfig.all_reduce,
         )
-        table = BucketTable(sizes.rows, sizes.chunks, min(MAX_CHUNKS, slots), (self.plan.branches,))
+        table = LoneSteps(sizes.rows, sizes.chunks, min(MAX_CHUNKS, slots), self.plan.branches)
         # One more for each sequence's last, which may be begun, and the scratch page.
         self.programs = Programs(self.plan, table, stages * sizes.tokens // PAGE_SIZE + slots + 1)
-        buckets = [Bucket(rows, 0, 0, self.plan.branches) for rows in sizes.rows]
-        buckets += [Bucket(0, tokens, table.max_chunks, self.plan.branches) for tokens in sizes.chunks]
-        with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            self._compiled = dict(zip(buckets, pool.map(self.programs.compile_step, buckets), strict=True))
-        self._params = stack_stages(model, layout, init_dummy_params(model, layout, dtype))
+        params = stack_stages(model, layout, init_dummy_params(model, layout, dtype))
+        self.executor = Executor(self.programs, params, StepsAlone())
+        for pool in jax.tree.leaves(self.executor.cache):
+            pool.delete()
         keys = iter(range(len(jax.tree.leaves(self.programs.cache))))
-        self._cache = jax.tree.map(lambda x: _noise(x)(next(keys)), self.programs.cache)
-        self._state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.programs.state)
+        self.executor.cache = jax.tree.map(lambda x: _noise(x)(next(keys)), self.programs.cache)
 
     def decode(self, rows: int, context: int) -> float:
         """Seconds of a step in which `rows` sequences of `context` tokens get one more; of a tick, over stages, in
@@ -99,12 +115,10 @@ class StepReplay:
         return self._seconds(bucket, [packed for packed, _ in views])
 
     def close(self) -> None:
-        for array in jax.tree.leaves((self._params, self._cache, self._state)):
-            array.delete()
-        self._compiled.clear()
+        self.executor.release()
 
-    def _bucket(self, wanted: Any) -> Bucket:
-        found = next((bucket for bucket in self._compiled if wanted(bucket)), None)
+    def _bucket(self, wanted: Callable[[Bucket], bool]) -> Bucket:
+        found = next((bucket for bucket in self.programs.buckets.all() if wanted(bucket)), None)
         if found is None:
             raise ValueError(f"no such step was asked for: {self.sizes}")
         return found
@@ -123,10 +137,11 @@ class StepReplay:
         pages = np.random.default_rng(0).permutation(self.programs.num_pages - 1)[: sequences * each] + 1
         table = np.zeros(described.shape, np.int32)
         table[:sequences, :each] = pages.reshape(sequences, each)
-        self._state = self._state._replace(page_table=jax.device_put(table, described.sharding))
+        page_table = jax.device_put(table, described.sharding)
+        self.executor.state = self.executor.state._replace(page_table=page_table)
 
     def _seconds(self, bucket: Bucket, packed: list[np.ndarray]) -> float:
-        run = self._compiled[bucket]
+        executor, run = self.executor, self.executor.compiled[bucket]
         given = self.plan.layout.put(np.stack(packed) if len(packed) > 1 else packed[0])
         # Collectives of overlapping steps wait for each other for ever on CPU devices.
         one_by_one = self.plan.layout.mesh.devices.flat[0].platform == "cpu"
@@ -134,7 +149,7 @@ class StepReplay:
         def timed(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                self._cache, self._state, output = run(self._params, self._cache, self._state, given)
+                executor.cache, executor.state, output = run(executor.params, executor.cache, executor.state, given)
                 if one_by_one:
                     jax.block_until_ready(output)
             jax.block_until_ready(output)

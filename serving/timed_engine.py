@@ -18,7 +18,7 @@ import jax
 from paddock.model import LlamaConfig
 from paddock.sharding import MeshConfig
 
-from .bucket import Bucket, BucketTable
+from .bucket import Bucket
 from .build import Built, build
 from .engine_config import EngineConfig
 from .footprint import MAX_CHUNKS
@@ -26,27 +26,26 @@ from .platform import prepare
 from .sampling_params import SamplingParams
 from .scheduler import Schedule
 from .sequence import Sequence
+from .step_replay import LoneSteps, StepsAlone
 
 WARM_STEPS = 4
 REPEATS = 3  # of a prompt, of which the median counts
 T = TypeVar("T")
 
 
-class FewSteps(BucketTable):
+class FewSteps(LoneSteps):
     """Decoding alone, prompts alone, and one step for both, which only the way to full batches takes."""
 
     def all(self) -> list[Bucket]:
-        return sorted(
-            {bucket for bucket in super().all() if not bucket.decodes or not bucket.chunk_tokens} | {self.both}
-        )
+        return sorted([*super().all(), self.both], reverse=True)
 
-    def choose(self, schedules: Iterable[Schedule], *, full: bool) -> Bucket:
-        bucket = super().choose(schedules, full=full)
+    def choose(self, schedules: Iterable[Schedule]) -> Bucket:
+        bucket = super().choose(schedules)
         return self.both if bucket.decodes and bucket.chunk_tokens else bucket
 
     @property
     def both(self) -> Bucket:
-        return Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.variants[-1])
+        return Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +79,12 @@ class TimedEngine:
             Path(folder, "config.json").write_text(json.dumps(model.to_hf_dict()))
             config = EngineConfig(model=folder, load_format="dummy", skip_tokenizer_init=True, mesh=mesh, **options)
             prepare(config)  # before anything asks for a device
-            # Variants as in an engine's own table: on CPU one program has all branches.
-            rows, variants = tuple(batch // each for batch in batches), (jax.default_backend() == "cpu",)
+            # As in an engine's own table: on CPU the step has all branches of the sampler.
+            rows, full = tuple(batch // each for batch in batches), jax.default_backend() == "cpu"
             self.engines: list[Built] = []
             for replica in range(self.replicas):
-                table = FewSteps(rows, prompts, min(MAX_CHUNKS, most), variants)
-                self.engines.append(build(config, replica=replica, buckets=table))
+                table = FewSteps(rows, prompts, min(MAX_CHUNKS, most), full)
+                self.engines.append(build(config, replica=replica, buckets=table, make=StepsAlone))
         self._draw = random.Random(0)
 
     def decode(self, batch: int, context: int, steps: int = 32) -> Decoded:

@@ -16,7 +16,6 @@ from paddock.serving.calibrate_fit import Depths, fit_device, fit_stages, fit_te
 from paddock.serving.cli import main
 from paddock.serving.pack import Packer, lay_out
 from paddock.serving.planner import plan
-from paddock.serving.programs import Programs
 from paddock.serving.sampling_params import SamplingParams
 from paddock.serving.scheduler import Chunk, Schedule
 from paddock.serving.sequence import Sequence
@@ -156,17 +155,20 @@ def test_the_replayed_step_is_the_one_that_the_engine_would_send(monkeypatch: py
         seen["given"] = given
         return cache, state, given
 
-    monkeypatch.setattr(Programs, "compile_step", lambda self, bucket: run)
+    def make(self: Any, jobs: Any) -> dict[Any, Any]:
+        return {key: run for key in jobs} | {"allocate": jobs["allocate"].lower().compile()}
+
+    monkeypatch.setattr(step_replay.StepsAlone, "run", make)
     monkeypatch.setattr(step_replay, "SECONDS", 0.0)
     sizes = Sizes(rows=(1, 3), chunks=(32,), context=128, tokens=3 * 128)
     replay = StepReplay(CPU.narrow, Layout.build(), "float32", sizes)
     try:
         assert replay.chunk(32, 64) > 0
-        (bucket,) = (bucket for bucket in replay._compiled if bucket.chunk_tokens)
+        (bucket,) = (bucket for bucket in replay.programs.buckets.all() if bucket.chunk_tokens)
         views = replay.programs.packings[bucket].views(np.array(seen["given"]))
         seq = Sequence(0, views["token_ids"].tolist() * 3, SamplingParams(max_tokens=1), 0, 1, frozenset(), slot=0)
         seq.pages = [1, 2]
-        packer = Packer(64, replay.plan.num_slots)
+        packer = Packer(64, replay.plan.num_slots, 1)
         packed = np.zeros_like(replay.programs.packings[bucket].empty)
         group = packer.group(Schedule((), (Chunk(seq, 64, 32, True, 0),)))
         lay_out(replay.programs.packings[bucket], group, 1, packed)
@@ -176,13 +178,13 @@ def test_the_replayed_step_is_the_one_that_the_engine_would_send(monkeypatch: py
         np.testing.assert_array_equal(views["row_ints"][:2], engines["row_ints"][:2])
 
         replay.decode(3, 100)
-        (bucket,) = (bucket for bucket in replay._compiled if bucket.decodes == 3)
+        (bucket,) = (bucket for bucket in replay.programs.buckets.all() if bucket.decodes == 3)
         seqs = tuple(Sequence(i, [1], SamplingParams(), 0, 9, frozenset(), slot=i, num_computed=100) for i in range(3))
         packed = np.zeros_like(replay.programs.packings[bucket].empty)
         lay_out(replay.programs.packings[bucket], packer.group(Schedule(seqs, ())), 1, packed)
         np.testing.assert_array_equal(np.array(seen["given"]), packed)
         # Every sequence has pages of its own, none of them the scratch page.
-        table = np.array(replay._state.page_table)[:, :2]
+        table = np.array(replay.executor.state.page_table)[:, :2]
         assert len(set(table.flat)) == table.size
         assert table.min() > 0
         with pytest.raises(ValueError, match="no such step was asked for"):
