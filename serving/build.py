@@ -13,6 +13,7 @@ import jax
 
 from paddock.checkpoints import WeightsCache, load
 
+from .bucket import BucketTable
 from .chat_template import ChatTemplate
 from .compiler import Compiler, CompileReport
 from .engine import Engine, Limits
@@ -42,8 +43,18 @@ class Built:
     compiling: CompileReport
 
 
-def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> Built:
-    """The engine of one replica. Raises ValueError (CheckpointError among them) naming what cannot be had."""
+def build(
+    config: EngineConfig,
+    *,
+    replica: int = 0,
+    progress: bool = False,
+    buckets: BucketTable | None = None,
+    make: type[Compiler] = Compiler,
+) -> Built:
+    """The engine of one replica. `buckets`, instead of the engine's own, and `make` are for those who run few steps.
+
+    Raises ValueError (CheckpointError among them) naming what cannot be had.
+    """
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -56,6 +67,8 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
     with phase("resolve"):
         prepare(config)
         resolved = resolve(config, replica=replica)
+        if buckets is not None:
+            resolved = dataclasses.replace(resolved, buckets=buckets)
         tokenizer, chat_template = _text_side(config, resolved)
     if config.cache_weights and jax.process_count() > 1:
         raise ValueError("cache_weights is for one process; over several give each an Orbax folder (paddock convert)")
@@ -72,7 +85,7 @@ def build(config: EngineConfig, *, replica: int = 0, progress: bool = False) -> 
             cache=WeightsCache(cache_dir(config) / "weights") if config.cache_weights else None,
         )
     with phase("compile"):
-        compiler = Compiler(_program_cache(config, resolved.programs), progress=progress)
+        compiler = make(_program_cache(config, resolved.programs), progress=progress)
         executor = Executor(resolved.programs, params, compiler)
         report = compiler.report
     made = report.num_lowered, report.num_compiled

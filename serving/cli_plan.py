@@ -21,9 +21,11 @@ LARGEST_MESH = 1024
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, config.json, or a shape's name (llama-3.1-70b)")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="model folder, config.json, or a shape's name (llama-3.1-70b)"
+    )
     card = parser.add_argument_group("accelerators")
-    card.add_argument("--accelerator", required=True, metavar="NAME", help="as h100-80gb, mi300x or tpu-v5e")
+    card.add_argument("--accelerator", metavar="NAME", help="as h100-80gb, mi300x or tpu-v5e")
     card.add_argument("--count", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
     card.add_argument(
         "--memory",
@@ -36,6 +38,11 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization", dest="utilization", type=float, metavar="X", help="share to use (default: 0.9)"
     )
     card.add_argument("--profile", metavar="FILE", help="TOML of measured speeds instead of the shipped ones")
+    card.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the devices of this machine and write --profile (default: their name.toml); what is in it stays",
+    )
     layout = parser.add_argument_group("layout", "by default every sensible one is tried")
     layout.add_argument("--mesh", default="", metavar="MESH", help="as in 'pipe=2,tensor=8'")
     layout.add_argument("--rules", default="", metavar="RULES", help="sharding rules over the defaults")
@@ -71,6 +78,11 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError naming the flag or the figure that is wrong, and when nothing fits."""
+    if args.calibrate:
+        return _calibrate(args)
+    for name, value in (("MODEL", args.model), ("--accelerator", args.accelerator)):
+        if value is None:
+            raise ValueError(f"{name} is missing: what is to be planned?")
     from .plan_html import write_html
     from .plan_proof import proof_report, proved
     from .plan_report import plan_report, unfit_sentence
@@ -106,6 +118,21 @@ def run(args: argparse.Namespace) -> int:
             print("\n" + proof_report(found))
     if args.html:
         print(args.html, file=sys.stderr)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    """Raises ValueError for a model or an accelerator: those of this machine are measured, by models of its choice."""
+    for name, value in (("MODEL", args.model), ("--accelerator", args.accelerator)):
+        if value is not None:
+            raise ValueError(f"--calibrate measures this machine, whatever the model: leave out {name}")
+    from .calibrate import accelerator_here, calibrate
+    from .platform import prepare
+
+    prepare(EngineConfig())
+    path = Path(args.profile or f"{accelerator_here().replace(' ', '-')}.toml")
+    calibrate(path, lambda line: print(line, file=sys.stderr, flush=True))
+    print(path)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,8 @@ from paddock.model.stages import PREFIX
 from paddock.sharding import ArraySpec, Layout, MeshConfig
 from paddock.sharding.accelerators import Accelerator
 
-from .speed_profile import SpeedProfile
+from .scheduler import WEIGHT_BOUND
+from .speed_profile import Curve, SpeedProfile
 
 PRODUCTS = ("qkv", "out", "gate_up", "down")
 # Bytes of a weight in the matrix products, by what they are quantized to; sums and scales stay as they are.
@@ -60,16 +61,18 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """A step's time by what spends it; memory and matrix unit overlap within a product, the host with all of them."""
+    """A step's time by what spends it; memory and matrix unit overlap within a product, the host with all of them.
+    `wait`: when the device waits for the host, since there is no step before that would keep it busy."""
 
     memory: float = 0.0
     matrix: float = 0.0
     links: float = 0.0
     host: float = 0.0
+    wait: float = 0.0
 
     @property
     def total(self) -> float:
-        return max(self.memory + self.matrix + self.links, self.host)
+        return max(self.memory + self.matrix + self.links, self.host) + self.wait
 
     @property
     def bound(self) -> str:
@@ -109,11 +112,11 @@ class StepTimes:
     @property
     def measured(self) -> bool:
         """Whether no figure comes from a datasheet."""
-        rules = self.layout.rules
-        split = {axes for axes in (rules.q_heads, rules.mlp, rules.vocab) if self.layout.size_of(axes) > 1}
-        sizes = {_group(self.mesh, axes, self.accelerator.island) for axes in split}
-        known = all(islands == 1 and size in self.profile.all_reduce for size, islands in sizes)
-        return self.profile.knows_steps and self.dtype in self.profile.matrix and known and self.stages.count == 1
+        rules, profile = self.layout.rules, self.profile
+        used = [(profile.all_reduce, rules.q_heads), (profile.all_reduce, rules.mlp), (profile.vocab, rules.vocab)]
+        used.append((profile.hop, rules.layers))
+        known = all(self._measured(curves, axes) for curves, axes in used if self.layout.size_of(axes) > 1)
+        return profile.knows_steps and self.dtype in profile.matrix and known
 
     def decode(self, batch: int, context: float) -> Seconds:
         """One more token for each of `batch` sequences of `context` tokens.
@@ -123,54 +126,68 @@ class StepTimes:
         ticks = self.stages.count
         rows = -(-batch // ticks)
         memory, matrix = self._products(rows)
-        attention = rows * context * self.kv_bytes / (self.profile.decode_attention or self._bandwidth)
-        tick = Seconds(
-            memory + attention + self._rest(rows),
-            matrix,
-            self._links(rows, rows),
-            self.profile.host.at(rows) if self.profile.host else 0.0,
-        )
+        measured = self.profile.decode_attention
+        attention = rows * context * self.kv_bytes / (measured.at(rows) if measured else self._bandwidth)
+        tick = Seconds(memory + attention + self._rest(rows, rows), matrix, self._links(rows, rows), self._host(rows))
         return Seconds(*(ticks * part for part in dataclasses.astuple(tick)))
 
     def prefill(self, tokens: int, chunk: int) -> Seconds:
-        """A prompt alone, in chunks of at most `chunk` tokens that follow each other through the stages."""
-        stages, chunks = self.stages, -(-tokens // chunk)
-        rows = tokens / chunks
+        """A prompt alone, in chunks of at most `chunk` tokens that follow each other through the stages: one for each
+        stage, where that leaves more than reading the weights costs."""
+        stages = self.stages
+        if stages.count > 1:
+            chunk = min(chunk, max(-(-tokens // stages.count), WEIGHT_BOUND))
+        chunks = -(-tokens // chunk)
+        tick = self.chunk(tokens / chunks, tokens * (tokens + 1) / 2 / chunks)
+        steps, host = chunks + stages.count - 1, self._host(1)
+        return Seconds(steps * tick.memory, steps * tick.matrix, steps * tick.links, host=(steps - 1) * host, wait=host)
+
+    def chunk(self, rows: float, pairs: float) -> Seconds:
+        """Of a step, or over stages of a tick, with `rows` tokens of a prompt that see `pairs` tokens together; without
+        the host."""
         memory, matrix = self._products(rows, head_rows=1)
         heads = self.model.num_heads // self.layout.num_shards("q_heads")
         # Scores and weighted values: 4 h operations for each pair of a token and one that it sees.
-        pairs = tokens * (tokens + 1) / 2 / chunks
-        attention = 4 * self.model.head_dim * heads * pairs * stages.num_slots / self._attention_rate(tokens)
-        steps = chunks + stages.count - 1
-        host = self.profile.host.at(1) if self.profile.host else 0.0
-        parts = (memory + self._rest(rows), matrix + attention, self._links(rows, 1), host)
-        return Seconds(*(steps * part for part in parts))
+        attention = 4 * self.model.head_dim * heads * pairs * self.stages.num_slots / self._attention_rate(rows)
+        return Seconds(memory + self._rest(rows, 1), matrix + attention, self._links(rows, 1))
 
     @property
     def _bandwidth(self) -> float:
-        return self.accelerator.memory_bandwidth
+        return self.profile.copy or self.accelerator.memory_bandwidth
 
     def _products(self, rows: float, head_rows: float | None = None) -> tuple[float, float]:
         """Seconds of the layers' products and the head's, each under memory or matrix unit, whichever takes longer."""
         memory = matrix = 0.0
-        bandwidth = self.profile.weights.at(rows) if self.profile.weights else self._bandwidth
-        rate = self.profile.matrix.get(self.dtype) or self.accelerator.matrix_rate(self.dtype)
+        profile = self.profile
         head_rows = rows if head_rows is None else head_rows
         parts = (
-            (self.weights.layers, self.weights.layer_products, rows),
-            (self.weights.head, self.weights.head_products, head_rows),
+            (self.weights.layers, self.weights.layer_products, rows, profile.weights),
+            (self.weights.head, self.weights.head_products, head_rows, profile.head or profile.weights),
         )
-        for num_bytes, products, count in parts:
-            read, multiply = num_bytes / bandwidth, 2 * products * count / rate
+        for num_bytes, products, count, measured in parts:
+            read = num_bytes / (measured.at(count) if measured else self._bandwidth)
+            # Among the rows that were measured this is the whole time of a product, whatever bounds it.
+            known = measured is not None and count <= measured.x[-1]
+            multiply = 0.0 if known else 2 * products * count / self._matrix_rate(count)
             memory += read if read >= multiply else 0.0
             matrix += multiply if multiply > read else 0.0
         return memory, matrix
 
-    def _rest(self, rows: float) -> float:
-        """What was measured of a layer beside products and attention; memory's, since small kernels wait for it."""
-        return self.stages.num_slots * self.profile.layer.at(rows) if self.profile.layer else 0.0
+    def _matrix_rate(self, rows: float) -> float:
+        measured = self.profile.matrix.get(self.dtype)
+        return measured.at(rows) if measured else self.accelerator.matrix_rate(self.dtype)
 
-    def _attention_rate(self, tokens: int) -> float:
+    def _rest(self, rows: float, head_rows: float) -> float:
+        """What was measured beside products and attention; memory's, since small kernels wait for it."""
+        layer, step = self.profile.layer, self.profile.step
+        return (self.stages.num_slots * layer.at(rows) if layer else 0.0) + (step.at(head_rows) if step else 0.0)
+
+    def _host(self, rows: float) -> float:
+        """The launch of each layer's kernels with it."""
+        measured = self.profile.host
+        return measured.at(rows) + self.stages.num_slots * self.profile.host_layer if measured else 0.0
+
+    def _attention_rate(self, tokens: float) -> float:
         measured = self.profile.prefill_attention
         return measured.at(tokens) if measured else self.accelerator.matrix_rate(self.dtype)
 
@@ -183,22 +200,37 @@ class StepTimes:
         row = self.model.embed_dim * jnp.dtype(self.dtype).itemsize
         seconds = sum(self._all_reduce(rows * row, axes) for axes in (rules.q_heads, rules.mlp))
         seconds *= self.stages.num_slots
-        seconds += self._all_reduce(rows * row, rules.vocab)
         if (shards := self.layout.num_shards("vocab")) > 1:
-            across = _group(self.mesh, rules.vocab, self.accelerator.island)[1] > 1
-            logits = head_rows * self.model.vocab_size * 4 / shards
-            seconds += self.accelerator.send_seconds(logits * (shards - 1) / shards, across=across)
+            seconds += self._vocab(rows * row, head_rows, shards)
         if self.stages.count > 1:
-            across = _hop_leaves(self.mesh, rules.layers, self.accelerator.island)
-            seconds += self.accelerator.send_seconds(rows * row, across=across)
+            if (hop := self._measured(self.profile.hop, rules.layers)) is not None:
+                seconds += hop.at(rows * row)
+            else:
+                across = _hop_leaves(self.mesh, rules.layers, self.accelerator.island)
+                seconds += self.accelerator.send_seconds(rows * row, across=across)
         return seconds
+
+    def _vocab(self, num_bytes: float, head_rows: float, shards: int) -> float:
+        """Once a step: a reduction of embeddings, and logits become whole rows."""
+        axes = self.layout.rules.vocab
+        if (measured := self._measured(self.profile.vocab, axes)) is not None:
+            return measured.at(head_rows)
+        across = _group(self.mesh, axes, self.accelerator.island)[1] > 1
+        logits = head_rows * self.model.vocab_size * 4 / shards
+        sent = self.accelerator.send_seconds(logits * (shards - 1) / shards, across=across)
+        return self._all_reduce(num_bytes, axes) + sent
+
+    def _measured(self, curves: Mapping[int, Curve], axes: tuple[str, ...]) -> Curve | None:
+        """The curve of as many devices as `axes` join, where they all lie in an island."""
+        size, islands = _group(self.mesh, axes, self.accelerator.island)
+        return curves.get(size) if islands == 1 else None
 
     def _all_reduce(self, num_bytes: float, axes: tuple[str, ...]) -> float:
         size, islands = _group(self.mesh, axes, self.accelerator.island)
         if size == 1:
             return 0.0
-        if islands == 1 and size in self.profile.all_reduce:
-            return self.profile.all_reduce[size].at(num_bytes)
+        if (measured := self._measured(self.profile.all_reduce, axes)) is not None:
+            return measured.at(num_bytes)
         return self.accelerator.all_reduce_seconds(num_bytes, size, islands)
 
 

@@ -11,6 +11,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+# What a profile's curves are called in its file: what they go by, and what they tell.
+CURVES = {
+    "weights": ("rows", "bytes_per_second"),
+    "decode_attention": ("rows", "bytes_per_second"),
+    "prefill_attention": ("tokens", "per_second"),
+    "layer": ("rows", "seconds"),
+    "head": ("rows", "bytes_per_second"),
+    "step": ("rows", "seconds"),
+    "host": ("rows", "seconds"),
+}
+EXTENDING = ("layer",)
+MATRIX = ("rows", "operations_per_second")
+LINKS = {"all_reduce": ("bytes", "seconds"), "vocab": ("rows", "seconds"), "hop": ("bytes", "seconds")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
@@ -39,19 +53,32 @@ class Curve:
 class SpeedProfile:
     """Measured speeds of one accelerator; None or absent is not measured. Bytes/s, operations/s, seconds.
 
-    `weights`: bytes/s of the products by rows; `matrix`: operations/s by dtype where arithmetic bounds them; `layer`:
-    seconds of all else in a layer by rows; `host`: seconds that the host takes for a step by rows; `all_reduce`: by
-    devices of an island, seconds by bytes.
+    `copy`: of a large copy, read and written; `weights`, `head`: bytes/s of the layers' products and of the head by
+    rows; `matrix`: operations/s by dtype and rows where arithmetic bounds the products; `decode_attention`: bytes/s by
+    rows; `prefill_attention`: operations/s by tokens; `layer`: seconds of all else in a layer by rows; `step`: of all
+    else in a step by rows that sample. `host`: seconds that the host takes for a step by rows, and `host_layer` for
+    each layer of it.
+
+    Between the devices of an island, by their number: `all_reduce`, seconds by bytes; `vocab`, what a step sends once
+    where the vocabulary is split, seconds by rows; `hop`, what ends a tick of a pipeline, seconds by bytes of a stage.
+    `fitted`: the steps that all this was fitted to.
     """
 
     accelerator: str
+    copy: float | None = None
     weights: Curve | None = None
-    matrix: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    matrix: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
     prefill_attention: Curve | None = None
-    decode_attention: float | None = None
+    decode_attention: Curve | None = None
     layer: Curve | None = None
+    head: Curve | None = None
+    step: Curve | None = None
     host: Curve | None = None
+    host_layer: float = 0.0
     all_reduce: Mapping[int, Curve] = dataclasses.field(default_factory=dict)
+    vocab: Mapping[int, Curve] = dataclasses.field(default_factory=dict)
+    hop: Mapping[int, Curve] = dataclasses.field(default_factory=dict)
+    fitted: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, text: str, source: str) -> SpeedProfile:
@@ -60,23 +87,34 @@ class SpeedProfile:
             raw = tomllib.loads(text)
             if unknown := sorted(set(raw) - {field.name for field in dataclasses.fields(cls)}):
                 raise ValueError(f"unknown key {unknown[0]!r}")
-            return cls(
-                accelerator=raw["accelerator"],
-                weights=_curve(raw.get("weights"), "rows", "bytes_per_second"),
-                matrix=raw.get("matrix", {}),
-                prefill_attention=_curve(raw.get("prefill_attention"), "tokens", "per_second"),
-                decode_attention=raw.get("decode_attention", {}).get("bytes_per_second"),
-                layer=_curve(raw.get("layer"), "rows", "seconds", extends=True),
-                host=_curve(raw.get("host"), "rows", "seconds"),
-                all_reduce={
-                    row["devices"]: Curve(tuple(row["bytes"]), tuple(row["seconds"]), extends=True)
-                    for row in raw.get("all_reduce", [])
-                },
-            )
+            fields: dict[str, Any] = {name: raw[name] for name in ("copy", "host_layer") if name in raw}
+            for name, (x, y) in CURVES.items():
+                if name in raw:
+                    fields[name] = _curve(raw[name], x, y, extends=name in EXTENDING)
+            for name, (x, y) in LINKS.items():
+                fields[name] = {row["devices"]: _curve(row, x, y, extends=True) for row in raw.get(name, [])}
+            matrix = {dtype: _curve(table, *MATRIX) for dtype, table in raw.get("matrix", {}).items()}
+            return cls(raw["accelerator"], matrix=matrix, fitted=tuple(raw.get("fitted", ())), **fields)
         except KeyError as error:
             raise ValueError(f"speed profile {source}: {error} is missing") from None
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"speed profile {source}: {error}") from None
+
+    def to_toml(self) -> str:
+        """The text that `read` takes."""
+        lines = [f'accelerator = "{self.accelerator}"']
+        lines += [f"{name} = {getattr(self, name)!r}" for name in ("copy", "host_layer") if getattr(self, name)]
+        if self.fitted:
+            lines += ["fitted = [", *(f'    "{point}",' for point in self.fitted), "]"]
+        for name, columns in CURVES.items():
+            if (curve := getattr(self, name)) is not None:
+                lines += ["", f"[{name}]", *_columns(curve, *columns)]
+        for dtype, curve in self.matrix.items():
+            lines += ["", f"[matrix.{dtype}]", *_columns(curve, *MATRIX)]
+        for name, columns in LINKS.items():
+            for devices, curve in sorted(getattr(self, name).items()):
+                lines += ["", f"[[{name}]]", f"devices = {devices}", *_columns(curve, *columns)]
+        return "\n".join(lines) + "\n"
 
     @property
     def knows_steps(self) -> bool:
@@ -99,5 +137,9 @@ def shipped_profile(accelerator: str) -> SpeedProfile:
     return SpeedProfile.read(file.read_text(encoding="utf-8"), file.name)
 
 
-def _curve(table: Mapping[str, Any] | None, x: str, y: str, *, extends: bool = False) -> Curve | None:
-    return None if table is None else Curve(tuple(table[x]), tuple(table[y]), extends)
+def _curve(table: Mapping[str, Any], x: str, y: str, *, extends: bool = False) -> Curve:
+    return Curve(tuple(table[x]), tuple(table[y]), extends)
+
+
+def _columns(curve: Curve, x: str, y: str) -> list[str]:
+    return [f"{x} = [{', '.join(f'{v:.10g}' for v in curve.x)}]", f"{y} = [{', '.join(f'{v:.5g}' for v in curve.y)}]"]

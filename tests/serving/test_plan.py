@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -172,6 +174,24 @@ def test_times_that_nobody_can_tell_are_left_out_with_the_reason():
     report = plan_report(plan("llama-3.1-405b", "mi300x", 16))
     assert "no times for pipe=16; " in report
     assert report.count("no known bandwidth") == 1
+
+
+SWEEP = """
+import time
+from paddock.serving import plan
+sweep = lambda n: len(plan("llama-3.1-70b", "h100-80gb", 64, input_len=1000 + n).layouts)
+sweep(0)
+start, layouts = time.process_time(), 0
+while layouts < 400:
+    layouts += sweep(layouts)
+print(layouts / (time.process_time() - start))
+"""
+
+
+def test_a_notebook_may_sweep_thousands():
+    """200 layouts a second of CPU time, where a slow core reaches 1,500; without the type checks of tests."""
+    done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 200
 
 
 def test_cheapest_first():
