@@ -60,7 +60,7 @@ class EngineConfig:
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")
     prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
     all_reduce: str = option(
-        "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 4 MiB at once and leaves more to xla"
+        "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 2 MiB at once and leaves more to xla"
     )
     coordinator_address: str = option(
         "", "host:port of process 0 when one engine runs in several; auto: as Slurm or Open MPI say"
