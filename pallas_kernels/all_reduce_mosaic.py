@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from . import packets
 from .all_reduce_reference import check_add_norm, check_all_reduce
@@ -26,7 +26,7 @@ Finish = Callable[[Any, list[tuple[Any, jax.Array]], Any, Any], None]
 
 @functools.partial(jax.jit, static_argnames=("axis_name", "two_shot"))  # traced once, not once a layer
 def all_reduce_mosaic(
-    partial: Float[Array, "T D"], *, axis_name: Hashable, mailbox: Int[Array, "_ 2"], two_shot: bool | None = None
+    partial: Num[Array, "T D"], *, axis_name: Hashable, mailbox: Int[Array, "N 2"], two_shot: bool | None = None
 ) -> Float[Array, "T D"]:
     """As `all_reduce_reference`, summed in float32 in the devices' order: bitwise the same on each of them.
 
@@ -46,13 +46,13 @@ def all_reduce_mosaic(
 
 @functools.partial(jax.jit, static_argnames=("axis_name", "eps", "two_shot"))
 def all_reduce_add_norm_mosaic(
-    partial: Float[Array, "T D"],
-    residual: Float[Array, "T D"],
-    scale: Float[Array, " D"],
+    partial: Num[Array, "T D"],
+    residual: Array,
+    scale: Array,
     *,
     eps: float,
     axis_name: Hashable,
-    mailbox: Int[Array, "_ 2"],
+    mailbox: Int[Array, "N 2"],
     two_shot: bool | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """As `all_reduce_add_norm_reference`, in one kernel; see `all_reduce_mosaic`."""

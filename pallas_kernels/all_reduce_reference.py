@@ -6,11 +6,11 @@ from collections.abc import Hashable
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 
 def all_reduce_reference(
-    partial: Float[Array, "T D"], *, axis_name: Hashable, mailbox: Int[Array, "_ 2"] | None = None
+    partial: Num[Array, "T D"], *, axis_name: Hashable, mailbox: Int[Array, "N 2"] | None = None
 ) -> Float[Array, "T D"]:
     """The sum of `partial` over the devices along mesh axis `axis_name`, the same rows on each of them.
 
@@ -22,13 +22,13 @@ def all_reduce_reference(
 
 
 def all_reduce_add_norm_reference(
-    partial: Float[Array, "T D"],
-    residual: Float[Array, "T D"],
-    scale: Float[Array, " D"],
+    partial: Num[Array, "T D"],
+    residual: Array,
+    scale: Array,
     *,
     eps: float,
     axis_name: Hashable,
-    mailbox: Int[Array, "_ 2"] | None = None,
+    mailbox: Int[Array, "N 2"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """(residual + the sum of `partial` over `axis_name`, the root-mean-square norm of that times `scale`).
 

@@ -22,7 +22,7 @@ class MailboxShape:
     """`devices` that send, and the bytes of packets that a block of a sender may have on their way in one call."""
 
     devices: int
-    block_bytes: int = 64 * 1024
+    block_bytes: int = 32 * 1024
 
     @property
     def half_bytes(self) -> int:

@@ -65,7 +65,7 @@ class EngineConfig:
         "faster",
     )
     all_reduce: str = option(
-        "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 4 MiB at once and leaves more to xla"
+        "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 2 MiB at once and leaves more to xla"
     )
     coordinator_address: str = option(
         "", "host:port of process 0 when one engine runs in several; auto: as Slurm or Open MPI say"
