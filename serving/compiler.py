@@ -75,7 +75,8 @@ class Compiler:
                 else:
                     bar.update()
             self.report.num_lowered, self.report.num_found = len(making), len(jobs) - len(making)
-            return {key: (making.get(key) or reading[key]).result() for key in jobs}
+            programs: dict[Any, Any] = {key: (making.get(key) or reading[key]).result() for key in jobs}
+            return programs
 
     def _read(self, key: Any, job: Job) -> jax.stages.Compiled | None:
         cache = self.cache

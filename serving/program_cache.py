@@ -7,6 +7,7 @@ one: it knows a program again when only our source has changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -53,15 +54,18 @@ class ProgramCache:
             digest, content = _split(path.read_bytes())
             if hashlib.sha256(content).digest() != digest:
                 raise ValueError("its content is damaged")
+            payload, in_tree, out_tree = pickle.loads(content)
+            backend: Any = self.devices[0].client
             return serialize_executable.deserialize_and_load(
-                *pickle.loads(content), backend=self.devices[0].client, execution_devices=self.devices
+                payload, in_tree, out_tree, backend=backend, execution_devices=self.devices
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         # Whatever a backend says to an executable that it cannot take.
         except Exception as error:
             logger.warning("compiled program %s in %s is made again: %s", path.name[:12], path.parent, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
 
     def save(self, key: object, options: Mapping[str, Any], compiled: jax.stages.Compiled) -> None:

@@ -81,7 +81,7 @@ class Programs:
     def jobs(self) -> dict[Any, Job]:
         """All of them: the steps by bucket, ("resample", bucket) where a step has the least of the sampler,
         "edit_bias", "score" and "allocate"."""
-        jobs = {bucket: self.job(bucket) for bucket in self.packings}
+        jobs: dict[Any, Job] = {bucket: self.job(bucket) for bucket in self.packings}
         for bucket in self.packings:
             if not bucket.full:
                 jobs["resample", bucket] = Job(functools.partial(self._lower_resample, bucket))

@@ -54,7 +54,7 @@ def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], fol
         if seen == min(SETTLE + STEPS, least - 2):
             ending.set()
 
-    streams = []
+    streams: list[Any] = []
     for job, prompt in zip(jobs, prompts, strict=True):
         first: Callable[[Any], None] | None = None if streams else count
         kind: Any = "final" if streams else "delta"  # a "final" output brings one event, at its end
