@@ -58,7 +58,9 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
     def attend_share(sequence: Any, head: Any, first_tile: Any, count: Any, length: Any, ring: Any) -> Any:
         tiles = tiles_of(length)
         if appends:
-            turn_and_append(gmem, smem, sequence, head, length, jnp.logical_and(first_tile + count == tiles, length > 0))
+            turn_and_append(
+                gmem, smem, sequence, head, length, jnp.logical_and(first_tile + count == tiles, length > 0)
+            )
         else:
             plgpu.barrier_wait(smem.q_ready.at[0])
             store_transposed(smem.q, load_transposed(smem.q_fetched, LAYOUT).astype(smem.q.dtype))

@@ -31,7 +31,9 @@ def turn_and_append(gmem: Any, smem: Any, sequence: Any, head: Any, length: Any,
     position = jnp.maximum(length - 1, 0)
     page = gmem.table[sequence, lax.div(position, page_size)]
     plgpu.barrier_wait(smem.q_ready.at[0])
-    values = [load_transposed(smem.q_fetched.at[:, pl.ds(start, WIDTH)], LAYOUT).astype(jnp.float32) for start in starts]
+    values = [
+        load_transposed(smem.q_fetched.at[:, pl.ds(start, WIDTH)], LAYOUT).astype(jnp.float32) for start in starts
+    ]
     if head_dim > WIDTH:
         partners = values[len(values) // 2 :] + values[: len(values) // 2]
     else:  # turned by half a head, by way of two copies below each other

@@ -42,7 +42,9 @@ def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: i
     sequence = jnp.minimum((ends[None, :] <= start[:, None]).sum(axis=1), order[-1])
     inside = start - (ends - kv_heads * tiles)[sequence]
     head, tile = jnp.divmod(inside, tiles[sequence])
-    return jnp.where(count[:, None] > 0, jnp.stack([sequence, head, tile, count, kv_len[sequence]], axis=1), 0).astype(jnp.int32)
+    return jnp.where(count[:, None] > 0, jnp.stack([sequence, head, tile, count, kv_len[sequence]], axis=1), 0).astype(
+        jnp.int32
+    )
 
 
 def walk(plan_ref: Any, len_ref: Any, kv_heads: int, visit: Callable[..., Any], state: Any) -> None:

@@ -31,4 +31,6 @@ def test_every_tile_is_done_once_in_order_and_shares_are_equal(lengths: list[int
     every = [(b, k, t) for b, count in enumerate(tiles) for k in range(kv_heads) for t in range(count)]
     assert tiles_in(plan, lengths, kv_heads) == every
     assert plan[:, 3].max() == -(-len(every) // workers)
-    assert plan[:-1, 4].tolist() == [lengths[sequence] if count else 0 for sequence, _, _, count, _ in plan[:-1].tolist()]
+    assert plan[:-1, 4].tolist() == [
+        lengths[sequence] if count else 0 for sequence, _, _, count, _ in plan[:-1].tolist()
+    ]
