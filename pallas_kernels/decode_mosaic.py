@@ -143,7 +143,7 @@ def _attend(
         extra |= {name: _tiled((TILE_TOKENS, head_dim), wide) for name in ("k_wide", "v_wide")}
     if rotation and head_dim <= WIDTH:
         extra["twice"] = plgpu.SMEM((2 * head_dim, fetched), jnp.float32)
-    pools = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
+    pools: tuple[Any, Any] = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
     out, parts, lse = kernel(
         functools.partial(attend, scale=scale, rotated=not rotation),
         out_type=(
