@@ -74,7 +74,7 @@ def check_append(k_pages: Array, v_pages: Array, k: Array, v: Array, page: Array
 
 
 def check_rotation(qkv: Array, cos: Array, sin: Array, k_pages: Array, v_pages: Array) -> None:
-    """Raise ValueError unless rows qkv [T, K, G+2, h], float32 cos and sin [T, h/2], and pools [P, K, p, h] fit together."""
+    """Raise ValueError unless qkv [T, K, G+2, h], float32 cos and sin [T, h/2], pools [P, K, p, h] fit together."""
     if qkv.ndim != 4 or qkv.shape[2] < 3:
         raise ValueError(f"qkv must have 4 axes (rows, kv heads, query heads of each + 2, head_dim): got {qkv.shape}")
     check_pages(qkv[:, :, 0], k_pages, v_pages, jnp.zeros((1, 1), jnp.int32))

@@ -1,7 +1,8 @@
-"""The fetching half of the decode kernel: one warpgroup sends for queries, keys and values as far ahead as there is room."""
+"""The half of the decode kernel that fetches: a warpgroup sends for queries, keys and values ahead of their use."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,5 +79,5 @@ def _fetch_tile(pool: Any, tile: Any, ready: Any, head: Any, pages: list[Any], i
         for start in range(0, TILE_TOKENS, PIECE):
             source = pool.at[pages[start // width], head, pl.ds(inside + start % width, PIECE)]
             target = tile.at[pl.ds(start, PIECE)]
-            pl.when(left > start)(lambda s=source, t=target: plgpu.copy_gmem_to_smem(s, t, ready))
+            pl.when(left > start)(functools.partial(plgpu.copy_gmem_to_smem, source, target, ready))
             pl.when(left <= start)(lambda: plgpu.barrier_arrive(ready))

@@ -127,7 +127,7 @@ def _attend(
 ) -> tuple[Array, Array, Array]:
     """The output [B, K, G, h] and the pools, which a `rotation` makes new; the arguments as the kernel has them."""
     batch, kv_heads, vectors, head_dim = q.shape
-    group, page_size = vectors - (2 if rotation else 0), k_pages.shape[2]
+    group = vectors - (2 if rotation else 0)
     wide = WIDENED[k_pages.dtype] if scales else q.dtype
     resident = INTERPRETED_RESIDENT if interpret else RESIDENT
     waves = min(max(round(batch * kv_heads / resident), 1), MOST_WAVES)
@@ -143,7 +143,7 @@ def _attend(
         extra |= {name: _tiled((TILE_TOKENS, head_dim), wide) for name in ("k_wide", "v_wide")}
     if rotation and head_dim <= WIDTH:
         extra["twice"] = plgpu.SMEM((2 * head_dim, fetched), jnp.float32)
-    pools = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
+    pools: tuple[Any, Any] = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
     out, parts, lse = kernel(
         functools.partial(attend, scale=scale, rotated=not rotation),
         out_type=(
@@ -182,7 +182,7 @@ def _attend(
         **settings,
     )(parts, lse, plan, kv_len, out_ref)
     if rotation:
-        k_pages, v_pages = map(jax.freeze, pools)
+        k_pages, v_pages = (jax.freeze(pool) for pool in pools)
     return jax.freeze(out_ref), k_pages, v_pages
 
 

@@ -1,4 +1,4 @@
-"""A sequence's new token inside the decode kernel: turned, written to its page, and put among those that were fetched."""
+"""A sequence's new token inside the decode kernel: turned, sent to its page, and put among those fetched."""
 
 from __future__ import annotations
 

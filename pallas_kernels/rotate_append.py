@@ -47,7 +47,7 @@ def decode_append_reference(
     Otherwise as `rotate_append_reference`. Raises ValueError where the arguments do not fit together.
     """
     check_decode_append(qkv, cos, sin, k_pages, v_pages, page_table, kv_len)
-    num_pages, kv_heads, page_size, _ = k_pages.shape
+    num_pages, _, page_size, _ = k_pages.shape
     position = jnp.maximum(kv_len - 1, 0)
     page = jnp.take_along_axis(page_table, position[:, None] // page_size, axis=1)[:, 0]
     # A scatter drops what goes to a page that there is not.

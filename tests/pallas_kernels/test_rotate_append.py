@@ -59,6 +59,6 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     qkv, angles = jnp.zeros((1, 2, 4, 64), jnp.bfloat16), jnp.zeros((1, 32))
     with pytest.raises(ValueError, match="one dtype: got float16 and bfloat16"):
         rotate_append_mosaic(qkv.astype("float16"), angles, angles, pages, pages, place, place)
+    narrow = pages[..., :32]
     with pytest.raises(ValueError, match="head_dim 64 or 128: got 32"):
-        narrow = pages[..., :32]
         rotate_append_mosaic(qkv[..., :32], angles[:, :16], angles[:, :16], narrow, narrow, place, place)
