@@ -96,6 +96,10 @@ class Programs:
         """The step of one bucket alone."""
         return self._compile(bucket, functools.partial(self.lower, bucket))
 
+    def compile_allocate(self) -> jax.stages.Compiled:
+        """What makes an empty cache and state."""
+        return self._compile("allocate", self._lower_allocate)
+
     def _compile(self, key: Any, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         return lower().compile(self._options(key))
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from paddock.model import Reduction, reduction_axes
-from paddock.pallas_kernels import ALL_REDUCE, MailboxShape, check_all_reduce_mosaic
+from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape, check_all_reduce_mosaic
 from paddock.sharding import Layout
 
 from .step_plan import StepPlan
@@ -67,4 +67,5 @@ def reduction_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) ->
         row_bytes = plan.config.embed_dim * jax.numpy.dtype(plan.dtype).itemsize
         if num_rows > MailboxShape(plan.layout.size_of(axes)).max_rows(row_bytes):
             return None
-    return Reduction(plan.layout, axes, plan.all_reduce, params.get(MAILBOXES))
+    kernels = ALL_REDUCE[plan.all_reduce], ALL_REDUCE_ADD_NORM[plan.all_reduce]
+    return Reduction(plan.layout, axes, *kernels, params.get(MAILBOXES))
