@@ -2,7 +2,7 @@
 
 from .config import LlamaConfig, RopeConfig
 from .llama import LayerStack, Llama, forward
-from .local_products import LocalProducts, check_local_products
+from .normed_products import NormedProducts
 from .params import Dims, param_specs
 from .products import Products
 from .reduction import Reduction, reduction_axes
@@ -13,12 +13,11 @@ __all__ = [
     "LayerStack",
     "Llama",
     "LlamaConfig",
-    "LocalProducts",
+    "NormedProducts",
     "Products",
     "Reduction",
     "RopeConfig",
     "Stages",
-    "check_local_products",
     "forward",
     "param_specs",
     "placements",

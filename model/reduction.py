@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM
 from paddock.sharding import Axes, Layout
 
 from .activations import Activations
@@ -16,12 +17,13 @@ from .products import Norm, Products
 
 @dataclasses.dataclass(frozen=True)
 class Reduction(Products):
-    """How partial products over `axes` are summed: an entry of the ALL_REDUCE tables, and the table of mailboxes
-    [devices of the mesh, devices of a group + 2, 2] for one that needs it (`pallas_kernels.mailbox`)."""
+    """How partial products over `axes` are summed: entries of the ALL_REDUCE and ALL_REDUCE_ADD_NORM tables, and the
+    table of mailboxes [devices of the mesh, devices of a group + 2, 2] for those that need it."""
 
     layout: Layout
     axes: Axes
-    name: str
+    all_reduce: Callable[..., Any]
+    all_reduce_add_norm: Callable[..., Any]
     mailboxes: jax.Array | None
 
     def leave(
@@ -42,7 +44,7 @@ class Reduction(Products):
         """x [T, D] + hidden [T, E] times weight [E, D], of which each device has its own piece of E."""
 
         def local(x: jax.Array, hidden: jax.Array, weight: jax.Array, box: jax.Array | None) -> jax.Array:
-            return x + ALL_REDUCE[self.name](hidden @ weight, axis_name=self.axes, mailbox=_own(box))
+            return x + self.all_reduce(hidden @ weight, axis_name=self.axes, mailbox=_own(box))
 
         whole = PartitionSpec()
         return self.layout.shard_map(local, (whole, *self._split), whole)(x, hidden, weight, self.mailboxes)
@@ -55,8 +57,8 @@ class Reduction(Products):
         def local(
             x: jax.Array, hidden: jax.Array, weight: jax.Array, box: jax.Array | None, scale: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            reduce = ALL_REDUCE_ADD_NORM[self.name]
-            return reduce(hidden @ weight, x, scale, eps=eps, axis_name=self.axes, mailbox=_own(box))
+            common = {"axis_name": self.axes, "mailbox": _own(box)}
+            return self.all_reduce_add_norm(hidden @ weight, x, scale, eps=eps, **common)
 
         whole = PartitionSpec()
         mapped = self.layout.shard_map(local, (whole, *self._split, whole), (whole, whole))

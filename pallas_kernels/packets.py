@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .mailbox import COUNTER_BYTES
+
 WARPGROUP = 128  # threads of a block
 LINE_BYTES = 16  # of two data words and two flags
 # Data words that a thread waits for at once: each wait costs a read of memory, each word a register.
@@ -40,7 +42,9 @@ def read_call(mailbox: Any, block: jax.Array) -> jax.Array:
     def read(_: Any, table: Any, block: Any) -> Any:
         mgpu = _mosaic()
         counter = _offset(_entry(table, -2), block, 4)
-        call = mgpu.utils.inline_ptx("ld.relaxed.gpu.global.u32 $0, [$1];", counter, result_types=_i32(), **_EFFECT)
+        call = mgpu.utils.inline_ptx(
+            "ld.relaxed.gpu.global.u32 $0, [$1];", counter, result_types=_i32(), has_side_effects=True
+        )
         return mgpu.FragmentedArray.splat(call, (), is_signed=True)
 
     return read(mailbox, block)
@@ -100,7 +104,7 @@ def receive(
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=(out,) * senders)
     def wait(_: Any, table: Any, offset: Any, flag: Any) -> Any:
         thread, here = _thread_offset(offset), _entry(table, -2)
-        bases = [_add(here, thread, constant=_slot_start(sender, half_bytes)) for sender in range(senders)]
+        bases = [_add(here, thread, constant=COUNTER_BYTES + sender * 2 * half_bytes) for sender in range(senders)]
         num_words = shaped.size * shaped.dtype.itemsize // 4 // WARPGROUP
         at_once = max(1, WORDS_AT_ONCE // num_words)
         found = [_poll(bases[i : i + at_once], num_words, _value(flag)) for i in range(0, senders, at_once)]
@@ -125,17 +129,8 @@ def _poll(bases: list[Any], num_words: int, flag: Any) -> list[list[Any]]:
         + " ".join(lines)
         + " setp.ne.b32 p, wrong, 0; @p bra again; }"
     )
-    words = _mosaic().utils.inline_ptx(text, flag, *bases, result_types=[_i32()] * total, **_EFFECT)
+    words = _mosaic().utils.inline_ptx(text, flag, *bases, result_types=[_i32()] * total, has_side_effects=True)
     return [list(words[i : i + num_words]) for i in range(0, total, num_words)]
-
-
-_EFFECT = {"has_side_effects": True}
-
-
-def _slot_start(sender: int, half_bytes: int) -> int:
-    from .mailbox import COUNTER_BYTES
-
-    return COUNTER_BYTES + sender * 2 * half_bytes
 
 
 def _entry(table: Any, row: int) -> Any:

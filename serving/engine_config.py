@@ -59,10 +59,10 @@ class EngineConfig:
     max_logprobs: int = option(20, "largest logprobs or prompt_logprobs that a request may ask for")
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")
     prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
-    products: str = option(
+    add_norm: str = option(
         "auto",
-        "matrix products and norms of layers that are whole on a device: xla, or mosaic, our kernels where they are "
-        "faster",
+        "how a block is added to the residual stream and normed, where layers are whole on a device: xla, or an "
+        "entry of the ADD_NORM table",
     )
     all_reduce: str = option(
         "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 2 MiB at once and leaves more to xla"

@@ -94,6 +94,10 @@ class Programs:
         cublas = on_gpu and bucket.decodes + bucket.chunk_tokens >= CUBLAS_ROWS
         return Job(functools.partial(self.lower, bucket), {"xla_gpu_enable_triton_gemm": False} if cublas else {})
 
+    def compile_allocate(self) -> jax.stages.Compiled:
+        """What makes an empty cache and state."""
+        return self._lower_allocate().compile()
+
     def compile_step(self, bucket: Bucket, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
         """The step of one bucket alone, with `options` of XLA's beside those that it has anyway."""
         job = self.job(bucket)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import psutil
 
 from paddock.checkpoints import GenerationConfig, resolve_model
-from paddock.model import Dims, LlamaConfig, Stages, check_local_products, slot_specs
+from paddock.model import Dims, LlamaConfig, Stages, slot_specs
 from paddock.model.shapes import SHAPES
-from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, check_prefill_mosaic, mosaic_mode
+from paddock.pallas_kernels import DECODE_ATTENTION, PREFILL_ATTENTION, check_mosaic, check_prefill_mosaic
 from paddock.sharding import Layout
 from paddock.sharding.memory import show_bytes
 
@@ -28,7 +28,7 @@ from .kv_cache import page_bytes
 from .programs import Programs
 from .sampling_params import SamplingParams
 from .step_plan import StepPlan
-from .step_products import choose_all_reduce
+from .step_products import check_hopper, choose_add_norm, choose_all_reduce
 
 logger = logging.getLogger("paddock")
 
@@ -114,18 +114,18 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         num_logprobs=min(config.max_logprobs, model.vocab_size),
         decode_attention=config.decode_attention,
         prefill_attention=config.prefill_attention,
-        products=config.products,
+        add_norm=config.add_norm,
         all_reduce=config.all_reduce,
         deterministic=config.deterministic,
     )
     logger.info(
-        "%s on %s, %s, %s decode, %s products, %s all-reduces; %d pages of %d tokens (%.2f GiB per device); "
+        "%s on %s, %s, %s decode, %s addition and norm, %s all-reduces; %d pages of %d tokens (%.2f GiB per device); "
         "%d sequences of %d, %d tokens a step",
         config.model or "the bundled model",
         dict(layout.mesh.shape),
         dtype,
         plan.decode_attention,
-        plan.products,
+        plan.add_norm,
         plan.all_reduce,
         num_pages,
         config.block_size,
@@ -149,7 +149,7 @@ def plan_steps(
     num_logprobs: int = 0,
     decode_attention: str = "auto",
     prefill_attention: str = "auto",
-    products: str = "auto",
+    add_norm: str = "auto",
     all_reduce: str = "xla",
     deterministic: bool = False,
 ) -> tuple[StepPlan, BucketTable]:
@@ -165,11 +165,11 @@ def plan_steps(
     if decode == "auto":
         group = model.num_heads // dims.cache_heads
         check = lambda: check_mosaic(kind, model.head_dim, page_size, group)
-        decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check, "blocked")
+        decode = "blocked" if splits_head_dim else _fastest("decode_attention", device, check)
     if prefill == "auto":
         check = lambda: check_prefill_mosaic(kind, model.head_dim, page_size)
         plain = splits_head_dim or deterministic
-        prefill = "blocked" if plain else _fastest("prefill_attention", device, check, "blocked")
+        prefill = "blocked" if plain else _fastest("prefill_attention", device, check)
     if deterministic and (decode_attention != "auto" or prefill not in SPLITTABLE):
         raise ValueError(
             f"deterministic decodes by the prefill attention, which must be {' or '.join(sorted(SPLITTABLE))}: got "
@@ -193,7 +193,7 @@ def plan_steps(
         decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
         prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
         branches=on_cpu and not deterministic,
-        products=_products(products, model, layout, kind),
+        add_norm=choose_add_norm(add_norm, layout, model.embed_dim),
         all_reduce=choose_all_reduce(all_reduce, layout, model.embed_dim, kind),
         deterministic=deterministic,
     )
@@ -264,43 +264,15 @@ def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num
     return left
 
 
-def _fastest(option: str, device: Any, check: Callable[[], None], plain: str) -> str:
-    """The Mosaic kernel where `check` and the device let it run, else `plain`; docs/numbers.md has both."""
+def _fastest(option: str, device: Any, check: Callable[[], None]) -> str:
+    """The Mosaic kernel where `check` and the device let it run, else `blocked`; docs/numbers.md has both."""
     try:
-        _check_hopper(device)
+        check_hopper(device)
         check()
     except ValueError as error:
-        logger.info("%s is %s: %s", option, plain, error)
-        return plain
+        logger.info("%s is blocked: %s", option, error)
+        return "blocked"
     return "mosaic"
-
-
-def _check_hopper(device: Any) -> None:
-    if getattr(device, "compute_capability", "") != "9.0":
-        raise ValueError(f"{getattr(device, 'device_kind', device)} is no NVIDIA Hopper GPU")
-    mosaic_mode(False)
-
-
-def _products(name: str, model: LlamaConfig, layout: Layout, dtype: Any) -> str:
-    """Raises ValueError for kernels that the layout, the device or the sizes do not let run."""
-    device = layout.mesh.devices.flat[0]
-
-    def check() -> None:
-        if layout.mesh.size != layout.num_shards("layers"):
-            raise ValueError("the layout splits layers over devices, so that products are not all on one")
-        check_local_products(model, dtype)
-
-    if name == "auto":
-        return _fastest("products", device, check, "xla")
-    if name == "mosaic":
-        try:
-            _check_hopper(device)
-            check()
-        except ValueError as error:
-            raise ValueError(f"products mosaic: {error}") from error
-    elif name != "xla":
-        raise ValueError(f"products {name!r} is unknown; there are mosaic, xla")
-    return name
 
 
 def _known(option: str, name: str, table: dict) -> str:

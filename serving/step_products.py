@@ -7,8 +7,16 @@ from typing import Any
 
 import jax
 
-from paddock.model import LocalProducts, Products, Reduction, reduction_axes
-from paddock.pallas_kernels import ALL_REDUCE, MailboxShape, check_all_reduce_mosaic
+from paddock.model import NormedProducts, Products, Reduction, reduction_axes
+from paddock.pallas_kernels import (
+    ADD_NORM,
+    ALL_REDUCE,
+    ALL_REDUCE_ADD_NORM,
+    MailboxShape,
+    check_add_norm_mosaic,
+    check_all_reduce_mosaic,
+    mosaic_mode,
+)
 from paddock.sharding import Layout
 
 from .step_plan import StepPlan
@@ -50,18 +58,46 @@ def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> 
 
 def _check(layout: Layout, embed_dim: int, dtype: Any) -> None:
     reduction_axes(layout)
-    device = layout.mesh.devices.flat[0]
-    if getattr(device, "compute_capability", "") != "9.0":
-        raise ValueError(f"all_reduce mosaic needs NVIDIA Hopper GPUs, which {device.device_kind} is not")
+    check_hopper(layout.mesh.devices.flat[0])
     if any(other.process_index != jax.process_index() for other in layout.mesh.devices.flat):
         raise ValueError("all_reduce mosaic needs all devices in one process: others' memory has no address here")
     check_all_reduce_mosaic(embed_dim, layout.num_shards("mlp"), dtype)
 
 
+def choose_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
+    """`name`, with auto resolved: the Mosaic kernel on a Hopper GPU that has layers to itself, else the compiler.
+
+    Raises ValueError for what a layout or a device cannot have.
+    """
+    if name == COMPILER:
+        return name
+    if name not in {"auto", *ADD_NORM}:
+        raise ValueError(f"add_norm {name!r} is unknown; there are {', '.join(sorted({*ADD_NORM, COMPILER}))}")
+    try:
+        if layout.mesh.size != layout.num_shards("layers"):
+            raise ValueError("rules: layers are split over devices, so that a row is not all on one")
+        if name != "reference":
+            check_hopper(layout.mesh.devices.flat[0])
+            check_add_norm_mosaic(embed_dim)
+    except ValueError as error:
+        if name == "auto":
+            logger.info("add_norm is %s: %s", COMPILER, error)
+            return COMPILER
+        raise ValueError(f"add_norm {name}: {error}") from error
+    return "mosaic" if name == "auto" else name
+
+
+def check_hopper(device: jax.Device) -> None:
+    """Raise ValueError naming a device, or a version of JAX, that our kernels do not run on."""
+    if getattr(device, "compute_capability", "") != "9.0":
+        raise ValueError(f"{getattr(device, 'device_kind', device)} is no NVIDIA Hopper GPU")
+    mosaic_mode(False)
+
+
 def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> Products:
     """For steps of so many rows. Messages that mailboxes are too small for are the compiler's, too."""
-    if plan.products == "mosaic":
-        return LocalProducts(num_rows)
+    if plan.add_norm != COMPILER:
+        return NormedProducts(ADD_NORM[plan.add_norm])
     if plan.all_reduce == COMPILER:
         return Products()
     axes = reduction_axes(plan.layout)
@@ -69,4 +105,5 @@ def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> 
         row_bytes = plan.config.embed_dim * jax.numpy.dtype(plan.dtype).itemsize
         if num_rows > MailboxShape(plan.layout.size_of(axes)).max_rows(row_bytes):
             return Products()
-    return Reduction(plan.layout, axes, plan.all_reduce, params.get(MAILBOXES))
+    kernels = ALL_REDUCE[plan.all_reduce], ALL_REDUCE_ADD_NORM[plan.all_reduce]
+    return Reduction(plan.layout, axes, *kernels, params.get(MAILBOXES))

@@ -74,7 +74,7 @@ class StepReplay:
             max_num_batched_tokens=max(sizes.chunks[-1], slots),
             max_model_len=sizes.context,
             num_logprobs=min(EngineConfig.max_logprobs, model.vocab_size),
-            products=EngineConfig.products,
+            add_norm=EngineConfig.add_norm,
             all_reduce=EngineConfig.all_reduce,
         )
         table = LoneSteps(sizes.rows, sizes.chunks, min(MAX_CHUNKS, slots), self.plan.branches)

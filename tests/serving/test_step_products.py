@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import jax
-import pytest
-from layout_runs import CONFIG, assert_same, resolve_tiny, run
+import dataclasses
+from typing import Any
 
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from layout_runs import CONFIG, NUM_SLOTS, assert_same, engine_of, resolve_tiny, run
+
+from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape
+from paddock.serving import step_products
 from paddock.serving.bucket import Bucket
-from paddock.serving.step_products import choose_all_reduce
+from paddock.serving.step_products import MAILBOXES, choose_all_reduce
 from paddock.sharding import Layout, read_collectives
 
 
@@ -33,11 +40,15 @@ def test_what_cannot_be_had_is_refused(
         resolve_tiny(monkeypatch, mesh=mesh, rules=rules, all_reduce=name)
 
 
+@dataclasses.dataclass(frozen=True)
 class Card:
-    """A device as `choose_all_reduce` sees it."""
+    """A device that is not there."""
 
-    def __init__(self, kind: str, capability: str = "9.0"):
-        self.device_kind, self.compute_capability, self.process_index = kind, capability, 0
+    id: int
+    device_kind: str
+    compute_capability: str = "9.0"
+    process_index: int = 0
+    platform: str = "gpu"
 
 
 @pytest.mark.parametrize(
@@ -52,9 +63,8 @@ class Card:
 def test_auto_takes_the_kernel_where_it_was_measured(
     monkeypatch: pytest.MonkeyPatch, kind: str, count: int, embed_dim: int, chosen: str
 ) -> None:
-    layout = Layout.build(f"tensor={count}")
-    cards = type("Cards", (), {"flat": [Card(kind)] * count})
-    monkeypatch.setattr(type(layout.mesh), "devices", cards)
+    cards = np.array([Card(i, kind) for i in range(count)])
+    layout = Layout(Mesh(cards, ("tensor",)), Layout.build(f"tensor={count}").rules)
     monkeypatch.setattr("paddock.pallas_kernels.compat._PUBLIC_INTERPRETER", object())
     assert choose_all_reduce("auto", layout, embed_dim, "bfloat16") == chosen
 
@@ -64,6 +74,35 @@ def test_explicit_reductions_give_the_same_tokens(monkeypatch: pytest.MonkeyPatc
     alone = run(resolve_tiny(monkeypatch), pages=1000, full=True)
     resolved = resolve_tiny(monkeypatch, mesh=mesh, rules=rules, all_reduce="reference")
     assert_same(run(resolved, pages=1000, full=True), alone)
+
+
+def test_mailboxes_go_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is around the kernel, with the reference in its place: their table among a step's arrays, new ones after a
+    failure, and larger messages by the compiler."""
+    monkeypatch.setattr(step_products, "_check", lambda *_: None)
+    monkeypatch.setattr(MailboxShape, "max_rows", lambda *_: NUM_SLOTS)
+    seen = []
+    for table in (ALL_REDUCE, ALL_REDUCE_ADD_NORM):
+
+        def watched(*args: Any, reference: Any = table["reference"], **options: Any) -> Any:
+            seen.append((args[0].shape[0], options["mailbox"].shape))
+            return reference(*args, **options)
+
+        monkeypatch.setitem(table, "mosaic", watched)
+    resolved = resolve_tiny(monkeypatch, mesh="tensor=2", all_reduce="mosaic")
+    programs = resolved.programs
+    decode = next(b for b in programs.buckets.all() if not b.chunk_tokens)
+    chunks = next(b for b in programs.buckets.all() if b.chunk_tokens and b.decodes)
+    for bucket, count in ((decode, 2 * CONFIG.num_layers), (chunks, 0)):
+        seen.clear()
+        programs.lower(bucket)
+        assert seen == [(bucket.decodes, (4, 2))] * count
+    monkeypatch.setattr(MailboxShape, "max_rows", lambda *_: 10**6)
+    engine = engine_of(resolved, pages=100, full=True)
+    first = engine.runner.params[MAILBOXES]
+    engine.runner.reset()
+    assert engine.runner.params[MAILBOXES] is not first
+    assert_same(run(resolved, pages=1000, full=True), run(resolve_tiny(monkeypatch), pages=1000, full=True))
 
 
 def test_explicit_reductions_are_two_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,98 @@
+"""Milliseconds of the compiled decode step alone, without scheduler and host, by the entry of `--all-reduce`.
+
+    python benchmarks/step_program.py --mesh tensor=2
+    python benchmarks/step_program.py --model smollm2-135m --mesh tensor=3 --batch-sizes 1 --all-reduce xla reference
+
+Dummy weights; every sequence stays at position --context - 1. The first steps generate, to compare their tokens with
+those of the first entry: equal sums in another order may round differently, so that tokens may part. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from offline import report
+
+from paddock.checkpoints import load
+from paddock.model import reduction_axes
+from paddock.model.shapes import SHAPES
+from paddock.serving.bucket import Bucket
+from paddock.serving.mailboxes import Mailboxes
+from paddock.serving.programs import Programs
+from paddock.serving.reductions import MAILBOXES
+from paddock.serving.resolve import plan_steps
+from paddock.sharding import Layout, MeshConfig
+
+PAGE_SIZE, GENERATED = 64, 12
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--mesh", default="tensor=2")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--context", type=int, default=201)
+    parser.add_argument("--all-reduce", nargs="+", default=["xla", "mosaic"])
+    parser.add_argument("--repetitions", type=int, default=40)
+    args = parser.parse_args(argv)
+    mesh, model = MeshConfig.parse(args.mesh), SHAPES[args.model]
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_num_cpu_devices", mesh.num_devices)
+    layout = Layout.build(args.mesh)
+    dtype = "float32" if layout.mesh.devices.flat[0].platform == "cpu" else model.dtype
+    slots = max(args.batch_sizes)
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_seqs": slots, "max_num_batched_tokens": 8 * slots}
+    params, rows = load(Path(), model, layout, dtype, "dummy", seed=0), []
+    for name in args.all_reduce:
+        plan, buckets = plan_steps(model, layout, dtype=dtype, max_model_len=args.context, all_reduce=name, **sizes)
+        programs = Programs(plan, buckets, slots * plan.pages_per_seq + 1)
+        boxes = Mailboxes.open(layout.mesh, reduction_axes(layout)) if plan.has_mailboxes else None
+        given = {**params, MAILBOXES: boxes.table} if boxes else params
+        for count in args.batch_sizes:
+            taken, tokens = run(programs, given, count, args.context - 1, args.repetitions)
+            first = next((row["tokens"] for row in rows if row["B"] == count), tokens)
+            equal = float(np.mean(tokens == first))
+            rows.append({"all_reduce": name, "B": count, "step_ms": taken * 1e3, "equal": equal, "tokens": tokens})
+    for row in rows:
+        del row["tokens"]
+    report({"benchmark": "step_program", "model": args.model, "mesh": args.mesh, "context": args.context}, rows)
+
+
+def run(programs: Programs, params: Any, count: int, position: int, repetitions: int) -> tuple[float, np.ndarray]:
+    """Seconds of a step of `count` sequences, the best of three series, and the tokens of the first steps."""
+    plan = programs.plan
+    bucket = Bucket(count, 0, 0, plan.branches)
+    packing, compiled = programs.packings[bucket], programs.compile_step(bucket)
+    cache, state = programs.compile_allocate()()
+    pages = np.arange(1, plan.num_slots * plan.pages_per_seq + 1, dtype=np.int32).reshape(plan.num_slots, -1)
+    state = state._replace(page_table=plan.layout.put(pages))
+
+    def packed(position: int) -> jax.Array:
+        host = packing.empty.copy()
+        views = packing.views(host)
+        views["decode_slot"][:] = views["row_ints"][0] = np.arange(count)
+        views["decode_position"][:] = position
+        return plan.layout.put(host)
+
+    tokens = []
+    for step in range(GENERATED):
+        cache, state, output = compiled(params, cache, state, packed(step))
+        tokens.append(np.asarray(output.sampled.tokens))
+    last, best = packed(position), float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(repetitions):
+            cache, state, output = compiled(params, cache, state, last)
+        jax.block_until_ready(output)
+        best = min(best, time.perf_counter() - start)
+    return best / repetitions, np.stack(tokens)
+
+
+if __name__ == "__main__":
+    main()
