@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,32 +37,25 @@ def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> 
 
     Raises ValueError for what a layout or a device cannot have.
     """
-    if name == "auto":
-        device, devices = layout.mesh.devices.flat[0], layout.num_shards("mlp")
-        if getattr(device, "device_kind", "") not in MEASURED_KINDS or devices not in MEASURED_DEVICES:
-            return COMPILER
-        try:
-            _check(layout, embed_dim, dtype)
-        except ValueError as error:
-            logger.info("all_reduce is %s: %s", COMPILER, error)
-            return COMPILER
-        return "mosaic"
     if name == COMPILER:
         return name
-    if name not in ALL_REDUCE:
+    if name not in {"auto", *ALL_REDUCE}:
         raise ValueError(f"all_reduce {name!r} is unknown; there are {', '.join(sorted({*ALL_REDUCE, COMPILER}))}")
-    if name == "mosaic":
-        _check(layout, embed_dim, dtype)
-    reduction_axes(layout)
-    return name
+    device, devices = layout.mesh.devices.flat[0], layout.num_shards("mlp")
+    measured = getattr(device, "device_kind", "") in MEASURED_KINDS and devices in MEASURED_DEVICES
+    if name == "auto" and not measured:
+        return COMPILER
 
+    def check() -> None:
+        reduction_axes(layout)
+        if name == "reference":
+            return
+        check_hopper(device)
+        if any(other.process_index != jax.process_index() for other in layout.mesh.devices.flat):
+            raise ValueError("all devices must be in one process, since others' memory has no address here")
+        check_all_reduce_mosaic(embed_dim, devices, dtype)
 
-def _check(layout: Layout, embed_dim: int, dtype: Any) -> None:
-    reduction_axes(layout)
-    check_hopper(layout.mesh.devices.flat[0])
-    if any(other.process_index != jax.process_index() for other in layout.mesh.devices.flat):
-        raise ValueError("all_reduce mosaic needs all devices in one process: others' memory has no address here")
-    check_all_reduce_mosaic(embed_dim, layout.num_shards("mlp"), dtype)
+    return _checked("all_reduce", name, check)
 
 
 def choose_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
@@ -73,21 +67,30 @@ def choose_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
         return name
     if name not in {"auto", *ADD_NORM}:
         raise ValueError(f"add_norm {name!r} is unknown; there are {', '.join(sorted({*ADD_NORM, COMPILER}))}")
-    try:
+
+    def check() -> None:
         if layout.mesh.size != layout.num_shards("layers"):
             raise ValueError("rules: layers are split over devices, so that a row is not all on one")
         if name != "reference":
             check_hopper(layout.mesh.devices.flat[0])
             check_add_norm_mosaic(embed_dim)
+
+    return _checked("add_norm", name, check)
+
+
+def _checked(option: str, name: str, check: Callable[[], None]) -> str:
+    """`name` if `check` lets it pass; auto is `mosaic`, or the compiler where that cannot run."""
+    try:
+        check()
     except ValueError as error:
-        if name == "auto":
-            logger.info("add_norm is %s: %s", COMPILER, error)
-            return COMPILER
-        raise ValueError(f"add_norm {name}: {error}") from error
+        if name != "auto":
+            raise ValueError(f"{option} {name}: {error}") from error
+        logger.info("%s is %s: %s", option, COMPILER, error)
+        return COMPILER
     return "mosaic" if name == "auto" else name
 
 
-def check_hopper(device: jax.Device) -> None:
+def check_hopper(device: Any) -> None:
     """Raise ValueError naming a device, or a version of JAX, that our kernels do not run on."""
     if getattr(device, "compute_capability", "") != "9.0":
         raise ValueError(f"{getattr(device, 'device_kind', device)} is no NVIDIA Hopper GPU")

@@ -26,7 +26,7 @@ def test_auto_leaves_cpus_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> No
     ("name", "mesh", "rules", "message"),
     [
         ("ring", "tensor=2", "", "all_reduce 'ring' is unknown; there are mosaic, reference, xla"),
-        ("mosaic", "tensor=2", "", "all_reduce mosaic needs NVIDIA Hopper GPUs"),
+        ("mosaic", "tensor=2", "", "all_reduce mosaic: cpu is no NVIDIA Hopper GPU"),
         ("reference", "", "", "nothing to reduce"),
         ("reference", "tensor=2", "tokens=tensor", "tokens is split"),
         ("reference", "tensor=2,x=2", "q_heads=x", "summed over other devices"),
@@ -38,6 +38,30 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_tiny(monkeypatch, mesh=mesh, rules=rules, all_reduce=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "message"),
+    [
+        ("layer", "", "add_norm 'layer' is unknown; there are mosaic, reference, xla"),
+        ("mosaic", "", "add_norm mosaic: cpu is no NVIDIA Hopper GPU"),
+        ("reference", "tensor=2", "add_norm reference: rules: layers are split over devices"),
+    ],
+)
+def test_an_add_norm_that_cannot_be_had_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_tiny(monkeypatch, mesh=mesh, add_norm=name)
+
+
+def test_addition_and_norm_together_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where stages have layers to themselves; what the kernel computes is the reference's."""
+    alone = run(resolve_tiny(monkeypatch), pages=1000, full=True)
+    for mesh in ("", "pipe=2"):
+        resolved = resolve_tiny(monkeypatch, mesh=mesh, add_norm="reference")
+        assert resolved.plan.add_norm == "reference"
+        assert_same(run(resolved, pages=1000, full=True), alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +103,8 @@ def test_explicit_reductions_give_the_same_tokens(monkeypatch: pytest.MonkeyPatc
 def test_mailboxes_go_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is around the kernel, with the reference in its place: their table among a step's arrays, new ones after a
     failure, and larger messages by the compiler."""
-    monkeypatch.setattr(step_products, "_check", lambda *_: None)
+    monkeypatch.setattr(step_products, "check_hopper", lambda _: None)
+    monkeypatch.setattr(step_products, "check_all_reduce_mosaic", lambda *_: None)
     monkeypatch.setattr(MailboxShape, "max_rows", lambda *_: NUM_SLOTS)
     seen = []
     for table in (ALL_REDUCE, ALL_REDUCE_ADD_NORM):
