@@ -32,4 +32,5 @@ class NormedProducts(Products):
             return super().leave(placed, x, hidden, weight, bias, norm)
         scale, eps = norm
         out = hidden @ weight if bias is None else hidden @ weight + bias[None]
-        return self.add_norm(out[None], x, scale, eps=eps)
+        with jax.named_scope("norm"):
+            return self.add_norm(out[None], x, scale, eps=eps)

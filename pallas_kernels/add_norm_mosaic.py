@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from .add_norm_reference import check_add_norm
-from .compat import mosaic_mode
+from .compat import bound, mosaic_mode
 
 LANES = 128  # threads of a warpgroup: a row is spread over them evenly
 MAX_COLUMNS = 16384  # of a row that fits the registers of a warpgroup
@@ -43,7 +43,7 @@ def add_norm_mosaic(
     check_add_norm_mosaic(residual.shape[1])
     shaped = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
     total, normed = plgpu.kernel(
-        functools.partial(_add_norm_row, eps=eps),
+        bound(_add_norm_row, eps=eps),
         out_type=(shaped, shaped),
         grid=(residual.shape[0],),
         grid_names=("row",),

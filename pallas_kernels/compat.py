@@ -67,6 +67,11 @@ def product(a: Any, b: Any, *, a_transposed: bool = False, b_transposed: bool = 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
+def bound(body: Callable[..., None], **settings: Any) -> Callable[..., None]:
+    """`body` with `settings`, under its own name, by which profiles call a kernel."""
+    return functools.update_wrapper(functools.partial(body, **settings), body)
+
+
 def kernel(body: Callable[..., None], *, out_type: Any = (), scratch_types: Any = (), **settings: Any) -> Any:
     """`plgpu.kernel` of `body`, some of whose operands may be refs (`jax.new_ref`): those are written in place."""
     if _PUBLIC_INTERPRETER is not None:

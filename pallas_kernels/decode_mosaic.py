@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from .checks import check_decode, check_decode_append, check_scales
-from .compat import kernel, mosaic_mode
+from .compat import bound, kernel, mosaic_mode
 from .decode_fetch import PIECES
 from .decode_kernel import attend
 from .decode_merge import merge_share
@@ -145,7 +145,7 @@ def _attend(
         extra["twice"] = plgpu.SMEM((2 * head_dim, fetched), jnp.float32)
     pools: tuple[Any, Any] = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
     out, parts, lse = kernel(
-        functools.partial(attend, scale=scale, rotated=not rotation),
+        bound(attend, scale=scale, rotated=not rotation),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), q.dtype),
             jax.ShapeDtypeStruct((workers, 2, head_dim, rows), jnp.float32),

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .compat import mosaic_mode
+from .compat import bound, mosaic_mode
 from .matmul_pairs import split_pairs
 from .matmul_reference import check_matmul, finish
 from .matmul_tiling import DEPTH, ROWS, SMS, Tiling, choose_tiling, padded
@@ -81,9 +81,7 @@ def multiply(
     empty: dict[str, Any] = {"num_arrivals": tiling.warpgroups, "num_barriers": tiling.stages}
     cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("half",)} if tiling.pair else {}
     return plgpu.kernel(
-        functools.partial(
-            _walk, tiling=tiling, units=units, swiglu=swiglu, copied=copied, direct=direct, interpret=interpret
-        ),
+        bound(_walk, tiling=tiling, units=units, swiglu=swiglu, copied=copied, direct=direct, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((tiling.split, rows, num_columns // (2 if swiglu else 1)), dtype),
         scratch_types=dict(
             x_smem=_tile((tiling.stages, tiling.rows, DEPTH), x.dtype),

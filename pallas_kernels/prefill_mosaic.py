@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from .checks import check_prefill
-from .compat import mosaic_mode
+from .compat import bound, mosaic_mode
 from .prefill_mosaic_body import attend
 from .prefill_mosaic_items import work_items
 from .prefill_mosaic_share import BLOCK, COLUMNS, ROWS, piece_of
@@ -96,7 +96,7 @@ def prefill_mosaic(
         scratch["scores_stand_in"] = plgpu.SMEM((2, ROWS, BLOCK), jnp.float32)
         scratch["sums_stand_in"] = plgpu.SMEM((2, ROWS, head_dim), jnp.float32)
     return plgpu.kernel(
-        functools.partial(attend, scale=scale * math.log2(math.e), pair=pair, interpret=interpret),
+        bound(attend, scale=scale * math.log2(math.e), pair=pair, interpret=interpret),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=scratch,
         grid=(2 if interpret else BLOCKS,),

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from .checks import check_append, check_rotation
-from .compat import kernel, load, mosaic_mode
+from .compat import bound, kernel, load, mosaic_mode
 
 LANE = 128  # values that the threads of a block turn at a time: one head, or two of 64
 LAYOUT = plgpu.Layout.WG_STRIDED((LANE,), vec_size=1)
@@ -50,7 +50,7 @@ def rotate_append_mosaic(
     factors = jnp.tile(cos, (1, 2 * per_lane)), jnp.tile(jnp.concatenate([-sin, sin], axis=1), (1, per_lane))
     pools = jax.new_ref(k_pages), jax.new_ref(v_pages)
     (q,) = kernel(
-        functools.partial(_turn_token, interpret=interpret),
+        bound(_turn_token, interpret=interpret),
         out_type=(jax.ShapeDtypeStruct((tokens, kv_heads * (vectors - 2), head_dim), qkv.dtype),),
         scratch_types=dict(
             fetched=plgpu.SMEM((rows + 2 * per_lane, head_dim), qkv.dtype),  # a lane to spare at either end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,13 @@ from .text_table import text_table
 # Scopes of model and step, in the order in which a layer runs; the innermost counts.
 PARTS = ("embed", "norm", "qkv", "rope", "append", "attend", "out", "gate_up", "down", "stages", "head", "sample")
 RESIDUAL, OTHER, UNATTRIBUTED = "residual", "other", "unattributed"
-_NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_CALLED = re.compile(r"calls=%?([\w.-]+)")
+_OPERAND = re.compile(r"\((?:[^()%]*)%([\w.-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# Kernels of ours carry their own name, whichever instruction they are launched for.
+_MOSAIC = re.compile(r"([\w.-]+)/mpmd_map$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +48,34 @@ class Part:
 
 
 def part_of_instruction(hlo_text: str) -> dict[str, str]:
-    """The part of each instruction of a compiled step, by its scopes. A fusion is where its root is."""
-    return {name: _part(op_name) for name, op_name in _NAMED.findall(hlo_text)}
+    """The part of each instruction of a compiled step, by its scopes, and of our kernels by their names. An instruction
+    without scopes is where most of what it calls is, or else what it works on."""
+    parts: dict[str, str] = {}
+    inside: dict[str, Counter[str]] = {}
+    computation = ""
+    for line in hlo_text.splitlines():
+        if start := _COMPUTATION.match(line):
+            computation = start[1]
+        if not (found := _INSTRUCTION.match(line)):
+            continue
+        name, text = found[1], found[2]
+        part = _known_part(text, parts, inside)
+        if part is None:
+            continue
+        parts[name] = part
+        inside.setdefault(computation, Counter())[part] += 1
+        if (scopes := _OP_NAME.search(text)) and (ours := _MOSAIC.search(scopes[1])):
+            parts[f"{ours[1]}_mosaic_gpu_kernel"] = part
+    return parts
+
+
+def _known_part(text: str, parts: Mapping[str, str], inside: Mapping[str, Counter[str]]) -> str | None:
+    if scopes := _OP_NAME.search(text):
+        return _part(scopes[1])
+    if (called := _CALLED.search(text)) and called[1] in inside:
+        return inside[called[1]].most_common(1)[0][0]
+    operand = _OPERAND.search(text)
+    return parts.get(operand[1]) if operand else None
 
 
 def _part(op_name: str) -> str:
@@ -53,15 +86,24 @@ def _part(op_name: str) -> str:
 
 
 def parts_of(trace: StepTrace, parts: Mapping[str, str], floors: Mapping[str, float]) -> list[Part]:
-    """Kernels are told apart by the instruction that they were launched for, or else by a name of their own that is an
-    instruction's."""
+    """Kernels are told apart by the instruction that they were launched for. Those in a CUDA graph carry none: a name
+    that other kernels of the trace have shares its time out as theirs, any other may be an instruction's own."""
     by_name = {name.replace(".", "_").replace("-", "_"): part for name, part in parts.items()}
-    counts: dict[str, list[float]] = {}
+    seen: dict[str, dict[str, list[float]]] = {}
+    unnamed: dict[str, list[float]] = {}
     for kernel in trace.kernels:
-        part = parts.get(kernel.op) or by_name.get(kernel.name) or UNATTRIBUTED
-        one = counts.setdefault(part, [0, 0.0])
-        one[0] += 1
-        one[1] += kernel.busy_ns * 1e-9
+        part = parts.get(kernel.op)
+        where = unnamed if part is None else seen.setdefault(kernel.name, {})
+        _add(where, kernel.name if part is None else part, 1, kernel.busy_ns * 1e-9)
+    counts: dict[str, list[float]] = {}
+    for shares in seen.values():
+        for part, (number, seconds) in shares.items():
+            _add(counts, part, number, seconds)
+    for name, (number, seconds) in unnamed.items():
+        shares = seen.get(name) or {by_name.get(name, UNATTRIBUTED): [1, 1.0]}
+        whole = [sum(share) for share in zip(*shares.values(), strict=True)]
+        for part, share in shares.items():
+            _add(counts, part, number * share[0] / whole[0], seconds * share[1] / (whole[1] or 1))
     total, steps = sum(seconds for _, seconds in counts.values()), trace.num_steps
     order = [*PARTS, RESIDUAL, OTHER, UNATTRIBUTED]
     return [
@@ -69,6 +111,12 @@ def parts_of(trace: StepTrace, parts: Mapping[str, str], floors: Mapping[str, fl
         for name in order
         if name in counts
     ]
+
+
+def _add(counts: dict[str, list[float]], name: str, number: float, seconds: float) -> None:
+    one = counts.setdefault(name, [0, 0.0])
+    one[0] += number
+    one[1] += seconds
 
 
 def part_floors(executor: Executor, rows: int, context: float) -> dict[str, float]:

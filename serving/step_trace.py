@@ -56,9 +56,10 @@ def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], fol
 
     streams: list[Any] = []
     for job, prompt in zip(jobs, prompts, strict=True):
-        first: Callable[[Any], None] | None = None if streams else count
-        kind: Any = "final" if streams else "delta"  # a "final" output brings one event, at its end
-        streams.append(engine.submit(prompt, fixed_length(job), output_kind=kind, on_event=first))
+        is_last = len(streams) == len(jobs) - 1  # when it decodes, all do
+        last: Callable[[Any], None] | None = count if is_last else None
+        kind: Any = "delta" if is_last else "final"  # a "final" output brings one event, at its end
+        streams.append(engine.submit(prompt, fixed_length(job), output_kind=kind, on_event=last))
     settled.wait()
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -101,9 +102,9 @@ class StepTrace:
 
     @functools.cached_property
     def num_steps(self) -> int:
-        """Most instructions run once a step."""
-        counts = Counter(kernel.op or kernel.name for kernel in self.kernels)
-        return max(1, round(statistics.median_high(counts.values()))) if counts else 0
+        """What most kernels are launched once in: layers share theirs, the rest of a step has its own."""
+        counts = Counter(kernel.name for kernel in self.kernels) if self.on_gpu else Counter(k.op for k in self.kernels)
+        return min(statistics.multimode(counts.values()), default=0)
 
     @functools.cached_property
     def window(self) -> tuple[float, float]:

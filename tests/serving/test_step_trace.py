@@ -13,6 +13,11 @@ from paddock.serving.step_trace import Kernel, StepTrace, covered
 
 CACHE = Path(__file__).parents[2] / "build" / "test-compile-cache"
 HLO = """
+%split (p: f32[4]) -> f32[4] {
+  %dot.3 = f32[4]{0} dot(%p, %p), metadata={op_name="jit(step)/layer0/mlp/down/dot_general"}
+  ROOT %convert.3 = f32[4]{0} convert(%dot.3)
+}
+
 %fused (p: f32[4]) -> f32[4] {
   ROOT %add.1 = f32[4]{0} add(%p, %p), metadata={op_name="jit(step)/layer0/attention/qkv/add" source_line=3}
 }
@@ -20,6 +25,9 @@ ENTRY %main {
   %fusion.7 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/layer0/mlp/norm/mul"}
   ROOT %custom-call.2 = f32[4]{0} custom-call(%y), metadata={op_name="jit(step)/layer1/attention/attend/jit(decode)/m"}
   %add.9 = f32[4]{0} add(%x, %y), metadata={op_name="jit(step)/layer1/attention/add"}
+  %gemm_fusion_dot.5 = (f32[4]{0}, s8[9]{0}) fusion(f32[4]{0} %x), kind=kCustom, calls=%split
+  %reduce_fusion.6 = f32[4]{0} fusion(%gemm_fusion_dot.5), kind=kLoop, calls=%nothing_known
+  %mpmd.8 = f32[4]{0} custom-call(%y), metadata={op_name="jit(step)/layer1/mlp/norm/jit(add_norm)/add_row/mpmd_map"}
 }
 """
 
@@ -31,7 +39,14 @@ def test_idle_time_is_what_no_kernel_covers() -> None:
 
 def test_instructions_belong_to_the_innermost_scope() -> None:
     parts = part_of_instruction(HLO)
-    assert parts == {"add.1": "qkv", "fusion.7": "norm", "custom-call.2": "attend", "add.9": "residual"}
+    wanted = {"add.1": "qkv", "fusion.7": "norm", "custom-call.2": "attend", "add.9": "residual"}
+    assert {name: parts[name] for name in wanted} == wanted
+
+
+def test_instructions_without_scopes_belong_where_what_they_call_or_read_does() -> None:
+    parts = part_of_instruction(HLO)
+    assert parts["gemm_fusion_dot.5"] == parts["reduce_fusion.6"] == "down"
+    assert parts["add_row_mosaic_gpu_kernel"] == parts["mpmd.8"] == "norm"
 
 
 def steps(*kernels: tuple[str, str, float, float], count: int = 10, period: float = 100) -> StepTrace:
@@ -55,6 +70,19 @@ def test_parts_are_told_apart_by_instruction_or_by_name() -> None:
     assert parts["attend"].share == pytest.approx(30 / 60)
     assert parts["attend"].row[-1] == "50%"
     assert parts["norm"].floor is None
+
+
+def test_kernels_of_a_graph_are_shared_out_as_those_that_tell() -> None:
+    """One step tells what its kernels are for, nine do not: the same product serves `qkv`, 10 ns, and `down`, 30."""
+    told = [Kernel("nvjet", "add.1", 0, 10, 10), Kernel("nvjet", "gemm_fusion_dot.5", 10, 40, 30)]
+    graphs = steps(("nvjet", "", 100, 112), ("nvjet", "", 112, 140), ("once", "", 140, 141), count=9).kernels
+    trace = StepTrace((*told, Kernel("once", "", 40, 41, 1), *graphs), on_gpu=True)
+    assert trace.num_steps == 10
+    parts = {part.name: part for part in parts_of(trace, part_of_instruction(HLO), {})}
+    assert (parts["qkv"].kernels, parts["down"].kernels) == (1, 1)
+    assert parts["qkv"].seconds == pytest.approx(10e-9)
+    assert parts["down"].seconds == pytest.approx(30e-9)
+    assert parts[UNATTRIBUTED].seconds == pytest.approx(1e-9)
 
 
 def test_idle_share_and_the_longest_gaps() -> None:
