@@ -109,8 +109,10 @@ def build(
 
 
 def _program_cache(config: EngineConfig, programs: Programs) -> ProgramCache | None:
-    """None over several processes: one of them alone may compile, or find, what is the others' too."""
-    if jax.process_count() > 1:
+    """None over several processes: one of them alone may compile, or find, what is the others' too. None on a CPU: what
+    its compiler has written once in a while loads and then lacks functions (JAX 0.10.2); JAX's own cache serves there.
+    """
+    if jax.process_count() > 1 or programs.plan.layout.mesh.devices.flat[0].platform == "cpu":
         return None
     return ProgramCache(cache_dir(config) / "programs", list(programs.plan.layout.mesh.devices.flat), programs.facts())
 

@@ -206,3 +206,7 @@ def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     logging.getLogger("paddock").setLevel(level.upper())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -88,8 +88,7 @@ class Compiler:
         is_new = _FINDS.count == finds
         with self._lock:
             self.report.num_compiled += is_new
-        # What XLA's CPU compiler has loaded, it cannot write again: its functions are missing from what comes out.
-        if self.cache is not None and (is_new or self.cache.devices[0].platform != "cpu"):
+        if self.cache is not None:
             self.cache.save(key, job.options, compiled)
         return compiled
 

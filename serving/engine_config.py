@@ -60,7 +60,7 @@ class EngineConfig:
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")
     prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
     add_norm: str = option(
-        "auto",
+        "xla",
         "how a block is added to the residual stream and normed, where layers are whole on a device: xla, or an "
         "entry of the ADD_NORM table",
     )

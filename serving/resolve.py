@@ -28,7 +28,7 @@ from .kv_cache import page_bytes
 from .programs import Programs
 from .sampling_params import SamplingParams
 from .step_plan import StepPlan
-from .step_products import check_hopper, choose_add_norm, choose_all_reduce
+from .step_products import check_add_norm, check_hopper, choose_all_reduce
 
 logger = logging.getLogger("paddock")
 
@@ -149,7 +149,7 @@ def plan_steps(
     num_logprobs: int = 0,
     decode_attention: str = "auto",
     prefill_attention: str = "auto",
-    add_norm: str = "auto",
+    add_norm: str = "xla",
     all_reduce: str = "xla",
     deterministic: bool = False,
 ) -> tuple[StepPlan, BucketTable]:
@@ -193,7 +193,7 @@ def plan_steps(
         decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
         prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
         branches=on_cpu and not deterministic,
-        add_norm=choose_add_norm(add_norm, layout, model.embed_dim),
+        add_norm=check_add_norm(add_norm, layout, model.embed_dim),
         all_reduce=choose_all_reduce(all_reduce, layout, model.embed_dim, kind),
         deterministic=deterministic,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,49 +44,36 @@ def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> 
     measured = getattr(device, "device_kind", "") in MEASURED_KINDS and devices in MEASURED_DEVICES
     if name == "auto" and not measured:
         return COMPILER
-
-    def check() -> None:
-        reduction_axes(layout)
-        if name == "reference":
-            return
-        check_hopper(device)
-        if any(other.process_index != jax.process_index() for other in layout.mesh.devices.flat):
-            raise ValueError("all devices must be in one process, since others' memory has no address here")
-        check_all_reduce_mosaic(embed_dim, devices, dtype)
-
-    return _checked("all_reduce", name, check)
-
-
-def choose_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
-    """`name`, with auto resolved: the Mosaic kernel on a Hopper GPU that has layers to itself, else the compiler.
-
-    Raises ValueError for what a layout or a device cannot have.
-    """
-    if name == COMPILER:
-        return name
-    if name not in {"auto", *ADD_NORM}:
-        raise ValueError(f"add_norm {name!r} is unknown; there are {', '.join(sorted({*ADD_NORM, COMPILER}))}")
-
-    def check() -> None:
-        if layout.mesh.size != layout.num_shards("layers"):
-            raise ValueError("rules: layers are split over devices, so that a row is not all on one")
-        if name != "reference":
-            check_hopper(layout.mesh.devices.flat[0])
-            check_add_norm_mosaic(embed_dim)
-
-    return _checked("add_norm", name, check)
-
-
-def _checked(option: str, name: str, check: Callable[[], None]) -> str:
-    """`name` if `check` lets it pass; auto is `mosaic`, or the compiler where that cannot run."""
     try:
-        check()
+        reduction_axes(layout)
+        if name != "reference":
+            check_hopper(device)
+            if any(other.process_index != jax.process_index() for other in layout.mesh.devices.flat):
+                raise ValueError("all devices must be in one process, since others' memory has no address here")
+            check_all_reduce_mosaic(embed_dim, devices, dtype)
     except ValueError as error:
         if name != "auto":
-            raise ValueError(f"{option} {name}: {error}") from error
-        logger.info("%s is %s: %s", option, COMPILER, error)
+            raise ValueError(f"all_reduce {name}: {error}") from error
+        logger.info("all_reduce is %s: %s", COMPILER, error)
         return COMPILER
     return "mosaic" if name == "auto" else name
+
+
+def check_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
+    """`name`. Raises ValueError for what a layout or a device cannot have."""
+    if name == COMPILER:
+        return name
+    if name not in ADD_NORM:
+        raise ValueError(f"add_norm {name!r} is unknown; there are {', '.join(sorted({*ADD_NORM, COMPILER}))}")
+    try:
+        if layout.mesh.size != layout.num_shards("layers"):
+            raise ValueError("rules: layers are split over devices, so that a row is not all on one")
+        if name == "mosaic":
+            check_hopper(layout.mesh.devices.flat[0])
+            check_add_norm_mosaic(embed_dim)
+    except ValueError as error:
+        raise ValueError(f"add_norm {name}: {error}") from error
+    return name
 
 
 def check_hopper(device: Any) -> None:
