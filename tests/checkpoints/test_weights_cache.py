@@ -60,14 +60,13 @@ def test_a_changed_checkpoint_is_not_served_from_the_cache(config, folder, tenso
     assert_same(load(folder, config, layout, "float32", cache=cache), load(folder, config, layout, "float32"))
 
 
-@pytest.mark.parametrize("name", ["_METADATA", "largest"])
-def test_a_damaged_entry_is_made_again(config, folder, tmp_path, conversions, caplog, name):
+def test_a_damaged_entry_is_made_again(config, folder, tmp_path, conversions, caplog):
+    """Its metadata: damaged arrays leave Orbax's coroutines behind, and are read in a process apart in test_orbax."""
     cache = WeightsCache(tmp_path / "cache")
     layout = Layout.build()
     plain = load(folder, config, layout, "float32", cache=cache)
     (entry,) = (tmp_path / "cache").iterdir()
-    files = sorted((file for file in entry.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    damaged = files[-1] if name == "largest" else entry / "params" / name
+    damaged = entry / "params" / "_METADATA"
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     with caplog.at_level(logging.WARNING, logger="paddock"):
         assert_same(load(folder, config, layout, "float32", cache=cache), plain)

@@ -9,13 +9,20 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from layout_runs import CONFIG, NUM_SLOTS, assert_same, engine_of, resolve_tiny, run
+from layout_runs import CONFIG, NUM_SLOTS, Run, assert_same, engine_of, resolve_tiny, run
 
 from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape
 from paddock.serving import step_products
 from paddock.serving.bucket import Bucket
 from paddock.serving.step_products import MAILBOXES, choose_all_reduce
 from paddock.sharding import Layout, read_collectives
+
+
+@pytest.fixture(scope="module")
+def alone() -> Run:
+    """The tokens of the compiler's own products on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        return run(resolve_tiny(patch), pages=1000, full=True)
 
 
 def test_auto_leaves_cpus_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +62,8 @@ def test_an_add_norm_that_cannot_be_had_is_refused(
         resolve_tiny(monkeypatch, mesh=mesh, add_norm=name)
 
 
-def test_addition_and_norm_together_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addition_and_norm_together_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
     """Also where stages have layers to themselves; what the kernel computes is the reference's."""
-    alone = run(resolve_tiny(monkeypatch), pages=1000, full=True)
     for mesh in ("", "pipe=2"):
         resolved = resolve_tiny(monkeypatch, mesh=mesh, add_norm="reference")
         assert resolved.plan.add_norm == "reference"
@@ -94,8 +100,9 @@ def test_auto_takes_the_kernel_where_it_was_measured(
 
 
 @pytest.mark.parametrize(("mesh", "rules"), [("tensor=2", ""), ("x=2,y=2", "q_heads=x+y,mlp=x+y,kv_heads=x")])
-def test_explicit_reductions_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, mesh: str, rules: str) -> None:
-    alone = run(resolve_tiny(monkeypatch), pages=1000, full=True)
+def test_explicit_reductions_give_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, alone: Run, mesh: str, rules: str
+) -> None:
     resolved = resolve_tiny(monkeypatch, mesh=mesh, rules=rules, all_reduce="reference")
     assert_same(run(resolved, pages=1000, full=True), alone)
 
