@@ -31,7 +31,7 @@ lint: $(TEST_STAMP)
 
 unit: $(TEST_STAMP)
 	@echo "== pytest (a few minutes the first time: JAX compiles are then cached in build/)"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/bin/python:
 	@echo "== Creating $(VENV) with $(PYTHON)"

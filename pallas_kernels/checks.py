@@ -58,6 +58,21 @@ def check_prefill(
             )
 
 
+def check_append(k_pages: Array, v_pages: Array, k: Array, v: Array, page: Array, offset: Array) -> None:
+    """Raise ValueError unless rows [T, K, h], page and offset int32 [T], and pools [P, K, p, h] fit together."""
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            "k_pages and v_pages must be alike, with 4 axes (pages, kv heads, page size, head_dim): "
+            f"got {k_pages.dtype}{k_pages.shape} and {v_pages.dtype}{v_pages.shape}"
+        )
+    tokens, wanted = k.shape[:1], (k_pages.shape[1], k_pages.shape[3])
+    if k.shape != v.shape or k.shape[1:] != wanted:
+        raise ValueError(f"k and v must be rows of {wanted} (kv heads, head_dim): got {k.shape} and {v.shape}")
+    for name, value in (("page", page), ("offset", offset)):
+        if value.shape != tokens or value.dtype != "int32":
+            raise ValueError(f"{name} must be int32{tokens}: got {value.dtype}{value.shape}")
+
+
 def check_rotation(qkv: Array, cos: Array, sin: Array, k_pages: Array, v_pages: Array) -> None:
     """Raise ValueError unless qkv [T, K, G+2, h], float32 cos and sin [T, h/2], pools [P, K, p, h] fit together."""
     if qkv.ndim != 4 or qkv.shape[2] < 3:
