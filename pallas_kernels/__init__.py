@@ -5,7 +5,7 @@ from __future__ import annotations
 from .add_norm_mosaic import check_add_norm_mosaic
 from .all_reduce_mosaic import check_all_reduce_mosaic
 from .all_reduce_tables import ALL_REDUCE, ALL_REDUCE_ADD_NORM
-from .attention_tables import DECODE_APPEND, DECODE_ATTENTION, KV_APPEND, PREFILL_ATTENTION, ROTATE_APPEND
+from .attention_tables import DECODE_APPEND, DECODE_ATTENTION, PREFILL_ATTENTION, ROTATE_APPEND
 from .compat import mosaic_mode
 from .decode_mosaic import check_mosaic
 from .mailbox import MailboxShape
@@ -20,7 +20,6 @@ __all__ = [
     "ALL_REDUCE_ADD_NORM",
     "DECODE_APPEND",
     "DECODE_ATTENTION",
-    "KV_APPEND",
     "MATMUL",
     "MATMUL_ADD_NORM",
     "PREFILL_ATTENTION",

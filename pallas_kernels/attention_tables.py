@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from jaxtyping import Array
 
-from .append_mosaic import append_mosaic
-from .append_reference import append_reference
 from .decode_blocked import decode_blocked
 from .decode_mosaic import decode_append_mosaic, decode_mosaic
 from .decode_reference import decode_reference
@@ -30,12 +28,6 @@ PREFILL_ATTENTION: dict[str, Callable[..., Array]] = {
     "reference": prefill_reference,
     "blocked": prefill_blocked,
     "mosaic": prefill_mosaic,
-}
-
-# (k_pages, v_pages, k, v, page, offset) -> (k_pages, v_pages); append_reference's docstring.
-KV_APPEND: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "reference": append_reference,
-    "mosaic": append_mosaic,
 }
 
 # (qkv, cos, sin, k_pages, v_pages, page, offset) -> (q, k_pages, v_pages); rotate_append_reference's docstring.
