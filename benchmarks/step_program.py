@@ -25,7 +25,7 @@ from paddock.model.shapes import SHAPES
 from paddock.serving.bucket import Bucket
 from paddock.serving.mailboxes import Mailboxes
 from paddock.serving.programs import Programs
-from paddock.serving.reductions import MAILBOXES
+from paddock.serving.step_products import MAILBOXES
 from paddock.serving.resolve import plan_steps
 from paddock.sharding import Layout, MeshConfig
 
