@@ -25,8 +25,8 @@ from paddock.model.shapes import SHAPES
 from paddock.serving.bucket import Bucket
 from paddock.serving.mailboxes import Mailboxes
 from paddock.serving.programs import Programs
-from paddock.serving.step_products import MAILBOXES
 from paddock.serving.resolve import plan_steps
+from paddock.serving.step_products import MAILBOXES
 from paddock.sharding import Layout, MeshConfig
 
 PAGE_SIZE, GENERATED = 64, 12

@@ -15,8 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .compat import load_transposed, product, store_transposed
 from .decode_fetch import fetch, pages_of
 from .decode_merge import LAYOUT, along_rows, store_output
-from .decode_new import put_token, turn_and_append
+from .decode_new import attend_new, turn_and_append
 from .decode_plan import TILE_TOKENS, tiles_of, walk
+from .prefetch import prefetch
 
 COLUMNS = 64  # of a tile that are in registers at a time
 
@@ -31,22 +32,30 @@ def attend(
     *others: Any,
     scale: float,
     rotated: bool,
+    ahead_bytes: int,
     **scratch: Any,
 ) -> None:
     """q_ref, out_ref [B, K, G, h]; k_ref, v_ref [P, K, p, h]; table_ref [B, N]; len_ref [B]; plan_ref: `work_plan`.
 
     `others`: the scales [P, K] of keys and of values where they are quantized, then out_ref, and parts_ref and lse_ref
     as `merge_share` has them. If not yet `rotated`, q_ref is qkv [B, K, G+2, h], `others` begins with the factors
-    [B, h] of `turn_and_append`, and the last of a sequence's kv_len tokens is the one in qkv.
+    [B, h] of `turn_and_append`, and the last of a sequence's kv_len tokens is the one in qkv. With `ahead_bytes` a
+    matrix to `prefetch` is the last of the inputs.
     """
     *inputs, out_ref, parts_ref, lse_ref = others
+    ahead = inputs.pop() if ahead_bytes else None
     gmem = SimpleNamespace(q=q_ref, k=k_ref, v=v_ref, table=table_ref, len=len_ref, plan=plan_ref)
     gmem.scales, gmem.rotation = (inputs, []) if rotated else ([], inputs)
     gmem.out, gmem.parts, gmem.lse = out_ref, parts_ref, lse_ref
     smem = SimpleNamespace(**scratch)
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup == 0)(functools.partial(_compute, gmem, smem, scale))
-    pl.when(warpgroup == 1)(functools.partial(fetch, gmem, smem))
+
+    @pl.when(warpgroup == 1)
+    def _fetch() -> None:
+        fetch(gmem, smem)
+        if ahead is not None:
+            prefetch(ahead, ahead_bytes, lax.axis_index("worker"), lax.axis_size("worker"))
 
 
 def _compute(gmem: Any, smem: Any, scale: float) -> None:
@@ -54,13 +63,22 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
     worker = lax.axis_index("worker")
     kv_heads, head_dim, rows = gmem.k.shape[1], gmem.k.shape[3], smem.weights.shape[0]
     quantized, appends = bool(gmem.scales), bool(gmem.rotation)
+    scale = scale * math.log2(math.e)  # powers of 2 instead of e: the hardware has an instruction for them
 
     def attend_share(sequence: Any, head: Any, first_tile: Any, count: Any, length: Any, ring: Any) -> Any:
         tiles = tiles_of(length)
+        total = jnp.zeros((head_dim, rows), jnp.float32)
+        peak = jnp.full((rows,), -jnp.inf, jnp.float32)
+        mass = jnp.zeros((TILE_TOKENS, rows), jnp.float32)  # summed over the tokens at the end only
+        stored = length  # tokens whose keys and values are in the pages
         if appends:
-            turn_and_append(
-                gmem, smem, sequence, head, length, jnp.logical_and(first_tile + count == tiles, length > 0)
-            )
+            stored = length - 1
+            is_last = jnp.logical_and(first_tile + count == tiles, length > 0)
+            turn_and_append(gmem, smem, sequence, head, length, is_last)
+            score, value = attend_new(smem, gmem.out.shape[2], rows)
+            total = _only_if(is_last, head_dim, value)
+            peak = score * scale + jnp.where(is_last, 0.0, -jnp.inf)
+            mass = _only_if(is_last, 1, jnp.ones_like(mass))
         else:
             plgpu.barrier_wait(smem.q_ready.at[0])
             store_transposed(smem.q, load_transposed(smem.q_fetched, LAYOUT).astype(smem.q.dtype))
@@ -74,7 +92,7 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
 
         def attend_tile(i: Any, carry: Any) -> Any:
             ring, scales, total, peak, mass = carry
-            slot, left = lax.rem(ring, smem.k.shape[0]), length - (first_tile + i) * TILE_TOKENS
+            slot, left = lax.rem(ring, smem.k.shape[0]), stored - (first_tile + i) * TILE_TOKENS
             following = scales_of(first_tile + i + 1)  # on their way while this tile is computed
             k, v = smem.k.at[slot], smem.v.at[slot]
 
@@ -83,12 +101,9 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
                 _copy_columns(k, smem.k_wide, None)
                 k = smem.k_wide
                 plgpu.commit_smem()
-            if appends:
-                pl.when(left <= TILE_TOKENS)(functools.partial(put_token, smem, k, 0, left - 1, gmem.out.shape[2]))
             scores = product(k, queries, b_transposed=True)
             plgpu.barrier_arrive(smem.k_free.at[slot])
-            # Powers of 2 instead of e: the hardware has an instruction for them.
-            scores = scores * (scale * math.log2(math.e))
+            scores = scores * scale
             if quantized:
                 scores = scores * _by_token(scales[0], scores)
             scores = jnp.where(lax.broadcasted_iota(jnp.int32, scores.shape, 0) < left, scores, -jnp.inf)
@@ -107,8 +122,6 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
             if quantized:
                 _copy_columns(v, smem.v_wide, left)
                 v = smem.v_wide
-            elif appends:
-                pl.when(left <= TILE_TOKENS)(functools.partial(put_token, smem, v, 1, left - 1, gmem.out.shape[2]))
             else:
                 pl.when(left < TILE_TOKENS)(functools.partial(_copy_columns, v, v, left))
             plgpu.commit_smem()
@@ -118,13 +131,7 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
                 update = update * largest
             return ring + 1, following, total * along_rows(decay, total) + update, new_peak, mass
 
-        start = (
-            ring,
-            scales_of(first_tile),
-            jnp.zeros((head_dim, rows), jnp.float32),
-            jnp.full((rows,), -jnp.inf, jnp.float32),
-            jnp.zeros((TILE_TOKENS, rows), jnp.float32),  # summed over the tokens at the end only
-        )
+        start = ring, scales_of(first_tile), total, peak, mass
         ring, _, total, peak, mass = lax.fori_loop(0, jnp.where(length > 0, count, 0), attend_tile, start)
         mass = mass.sum(axis=0)
         mass = jnp.where(mass > 0, mass, 1.0)  # no token at all: zeros
@@ -145,6 +152,12 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
 
     walk(gmem.plan, gmem.len, kv_heads, attend_share, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _only_if(condition: Any, count: int, matrix: Any) -> Any:
+    """The first `count` rows of `matrix`, and zeros; nothing but zeros unless `condition`."""
+    row = lax.broadcasted_iota(jnp.int32, matrix.shape, 0)
+    return jnp.where(row < jnp.where(condition, count, 0), matrix, jnp.zeros_like(matrix))
 
 
 def _copy_columns(source: Any, target: Any, left: Any) -> None:

@@ -1,4 +1,4 @@
-"""A sequence's new token inside the decode kernel: turned, sent to its page, and put among those fetched."""
+"""A sequence's new token inside the decode kernel: turned, sent to its page, and the first to be attended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .compat import load, load_transposed, store_transposed
-from .decode_merge import LAYOUT, along_rows
+from .decode_merge import LAYOUT
 
 WIDTH = 64  # of head_dim that are in registers at a time: the rows of the layout
 
@@ -57,16 +57,18 @@ def turn_and_append(gmem: Any, smem: Any, sequence: Any, head: Any, length: Any,
             plgpu.copy_smem_to_gmem(smem.out.at[group + row], pool.at[place])
 
 
-def put_token(smem: Any, tile: Any, row: int, token: Any, group: int) -> None:
-    """Make the new key (row 0) or value (row 1) the tile's token `token`, and all after it zeros, which stop NaNs."""
-    for start in range(0, tile.shape[1], WIDTH):
+def attend_new(smem: Any, group: int, rows: int) -> tuple[Any, Any]:
+    """The new token's score for each of the queries [rows], in float32 and not yet scaled, and its value [h, rows]:
+    where the softmax of a share with the sequence's end begins."""
+    head_dim = smem.out.shape[1]
+    score = jnp.zeros((WIDTH, rows), jnp.float32)
+    for start in range(0, head_dim, WIDTH):
         columns = pl.ds(start, WIDTH)
-        part = tile.at[:, columns]
-        values, new = load(part, LAYOUT), load(smem.out.at[group + row, columns], LAYOUT.reduce(0))
-        index = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-        values = jnp.where(index == token, along_rows(new, values), values)
-        part[...] = jnp.where(index <= token, values, jnp.zeros_like(values))
-    plgpu.commit_smem()
+        queries = load_transposed(smem.out.at[pl.ds(0, rows), columns], LAYOUT).astype(jnp.float32)
+        key = load(smem.out.at[group, columns], LAYOUT.reduce(1)).astype(jnp.float32)
+        score = score + queries * along_columns(key, queries)
+    value = load(smem.out.at[group + 1], LAYOUT.reduce(1)).astype(jnp.float32)
+    return score.sum(axis=0), lax.broadcast_in_dim(value, (head_dim, rows), [0])
 
 
 def along_columns(vector: Any, matrix: Any) -> Any:

@@ -40,10 +40,12 @@ def decode_append_reference(
     kv_len: Int[Array, " B"],
     *,
     scale: float,
+    ahead: Float[Array, "E N"] | None = None,
 ) -> tuple[Float[Array, "B K G h"], Float[Array, "P K p h"], Float[Array, "P K p h"]]:
     """`decode_reference` of each row's last token, which is not in the pages yet, and the pools with it.
 
     Row b's key and value go to token kv_len[b]-1 of the sequence; a row with kv_len 0 gives zeros and writes nothing.
+    `ahead` is what will be read next: a kernel may ask the cache for it.
     Otherwise as `rotate_append_reference`. Raises ValueError where the arguments do not fit together.
     """
     check_decode_append(qkv, cos, sin, k_pages, v_pages, page_table, kv_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,10 +24,18 @@ class PagedAttention:
 
     Rows come as `join_rows` makes them: an equal share for each partition, its decoding rows before its chunks' tokens.
     Kernels know no mesh: each device's call sees its own heads, its own partition's rows and pages, and no other.
+    `following`: of each layer the weight [H*h, D] that its output is multiplied by, where kernels may prefetch it.
     """
 
-    def __init__(self, plan: StepPlan, cache: KVCache, inputs: StepInput, page_table: Int[Array, "S N"]):
-        self.plan, self.cache = plan, cache
+    def __init__(
+        self,
+        plan: StepPlan,
+        cache: KVCache,
+        inputs: StepInput,
+        page_table: Int[Array, "S N"],
+        following: Sequence[jax.Array] = (),
+    ):
+        self.plan, self.cache, self.following = plan, cache, following
         count, nobody = plan.num_partitions, plan.num_slots
         slot = join_rows(inputs.decode_slot, inputs.token_slot, count)
         self.position = join_rows(inputs.decode_position, inputs.token_position, count)
@@ -55,11 +64,12 @@ class PagedAttention:
         batch = PartitionSpec(rows[0])
         tables = (self.writes, self.decodes, self.chunks)
         pools = (self.cache.k[layer], self.cache.v[layer])
+        ahead = self.following[layer] if self.following else None
         fn = self._local
         if layout.mesh.size > 1 and over:
-            specs = (rows, batch, batch, rows, rows, jax.tree.map(lambda _: batch, tables))
+            specs = (rows, batch, batch, rows, rows, jax.tree.map(lambda _: batch, tables), PartitionSpec(rows[1]))
             fn = layout.shard_map(fn, specs, (rows, rows, rows), over=over)
-        out, k_pool, v_pool = fn(qkv, cos, sin, *pools, tables)
+        out, k_pool, v_pool = fn(qkv, cos, sin, *pools, tables, ahead)
         self.cache = KVCache(_replace(self.cache.k, layer, k_pool), _replace(self.cache.v, layer, v_pool))
         return out.reshape(tokens, kv_heads, vectors - 2, head_dim)
 
@@ -71,6 +81,7 @@ class PagedAttention:
         k_pool: jax.Array,
         v_pool: jax.Array,
         tables: tuple[Any, Any, Any],
+        ahead: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         writes, decodes, chunks = tables
         plan, scale = self.plan, self.plan.config.head_dim**-0.5
@@ -79,7 +90,7 @@ class PagedAttention:
         kernels = "mosaic" if plan.decode_attention == "mosaic" else "reference"
         if kernels == "mosaic" and num_decodes == qkv.shape[0] and not plan.deterministic:
             with jax.named_scope("attend"):
-                return DECODE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *decodes, scale=scale)
+                return DECODE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *decodes, scale=scale, ahead=ahead)
         with jax.named_scope("append"):
             q, k_pool, v_pool = ROTATE_APPEND[kernels](qkv, cos, sin, k_pool, v_pool, *writes)
         with jax.named_scope("attend"):

@@ -18,7 +18,7 @@ from .kv_cache import KVCache
 from .paged_attention import PagedAttention
 from .step_input import PackedLayout, StepInput
 from .step_plan import StepPlan
-from .step_products import products_of
+from .step_products import COMPILER, products_of
 
 Params = dict[str, jax.Array]
 LAYERS = "layers."
@@ -42,7 +42,7 @@ def run_layers(
     layers = {name: value for name, value in params.items() if name.startswith(LAYERS)}
     if between_stages is None:
         inputs = packing.unpack(packed)
-        attend = PagedAttention(plan, cache, inputs, page_table)
+        attend = PagedAttention(plan, cache, inputs, page_table, _following(plan, layers))
         products = products_of(plan, params, x.shape[0])
         x = LayerStack(plan.config, layers, plan.layout, products)(x, attend.position, attend)
         return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
@@ -81,6 +81,14 @@ def run_layers(
         tick, (staged, staged, staged, staged, staged, whole, whole), (staged, staged, whole, staged), over=axes
     )
     return mapped(jnp.arange(count), layers, cache, between_stages, packed, page_table, x)
+
+
+def _following(plan: StepPlan, layers: Params) -> list[jax.Array]:
+    """Each layer's weight after attention [H*h, D], where a device multiplies by just what it holds of it."""
+    if plan.layout.mesh.size > 1 and plan.all_reduce == COMPILER:
+        return []
+    weights = [layers[f"{LAYERS}{i}.out"] for i in range(plan.config.num_layers)]
+    return [weight.reshape(-1, weight.shape[-1]) for weight in weights]
 
 
 def _sampling_rows(plan: StepPlan, inputs: StepInput, x: Float[Array, "T D"]) -> Float[Array, "R D"]:
