@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from .step_input import FLAGS, Rows
 
@@ -57,10 +57,10 @@ def sample(
     logits = _when(flags["bias"], lambda x: jnp.where(rows.has_bias[:, None] > 0, x + state.bias[slot], x), logits)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def drawn(greedy: jax.Array) -> jax.Array:
+    def drawn(_: jax.Array) -> jax.Array:
         scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
         scaled = _when(flags["filters"], lambda x: _filter(x, rows), scaled)
-        return jnp.where(rows.temperature > 0, _draw(scaled, _uniforms(rows)), greedy)
+        return _choose(scaled, rows.temperature > 0, _uniforms(rows))
 
     tokens = _when(flags["random"], drawn, greedy)
     num_rows = tokens.shape[0]
@@ -138,17 +138,36 @@ def _uniforms(rows: Rows) -> Float[Array, " R"]:
     return jax.vmap(lambda key: jax.random.uniform(key))(keys)
 
 
-def _draw(logits: Float[Array, "R V"], uniform: Float[Array, " R"]) -> Int[Array, " R"]:
-    """Inverse of the cumulative distribution in two levels: the block of 128 tokens first, then the token in it."""
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    num_rows, vocab = weights.shape
-    weights = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(num_rows, -1, _BLOCK)
-    ends = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
+def _choose(logits: Float[Array, "R V"], random: Bool[Array, " R"], uniform: Float[Array, " R"]) -> Int[Array, " R"]:
+    """A draw where `random`, by the inverse of the cumulative distribution; else the first of the most likely.
+
+    In two levels: the block of 128 tokens first, then the token in it. So the vocabulary is read once.
+    """
+    num_rows, vocab = logits.shape
+    padded = jnp.pad(logits, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf)
+    blocks = padded.reshape(num_rows, -1, _BLOCK)
+    peaks, masses = _peaks_and_masses(blocks)
+    peak = jnp.max(peaks, axis=-1, keepdims=True)
+    ends = jnp.cumsum(masses * jnp.exp(peaks - peak), axis=-1)
     target = uniform * ends[:, -1]
-    block = jnp.argmax(ends > target[:, None], axis=-1)
+    block = jnp.where(random, jnp.argmax(ends > target[:, None], axis=-1), jnp.argmax(peaks, axis=-1))
     start = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0)
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    beyond = jnp.cumsum(inside, axis=-1) > (target - start)[:, None]
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    beyond = jnp.cumsum(jnp.exp(inside - peak), axis=-1) > (target - start)[:, None]
+    likeliest = jnp.argmax(inside, axis=-1)
     # Rounding can leave the target at or past the block's own sum; the block's likeliest token is then as good.
-    token = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), jnp.argmax(inside, axis=-1))
-    return (block * _BLOCK + token).astype(jnp.int32)
+    drawn = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), likeliest)
+    return (block * _BLOCK + jnp.where(random, drawn, likeliest)).astype(jnp.int32)
+
+
+def _peaks_and_masses(blocks: Float[Array, "R N b"]) -> tuple[Float[Array, "R N"], Float[Array, "R N"]]:
+    """Each block's largest logit, and the sum of exp(logit - largest), in one pass (Milakov and Gimelshein 2018)."""
+
+    def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        peak = jnp.maximum(a[0], b[0])
+        # Where both are -inf, their difference would be NaN.
+        mass = sum(mass * jnp.exp(jnp.where(own == peak, 0.0, own - peak)) for own, mass in (a, b))
+        return peak, mass
+
+    start = jnp.float32(-jnp.inf), jnp.float32(0)
+    return jax.lax.reduce((blocks, jnp.ones_like(blocks)), start, join, dimensions=(2,))

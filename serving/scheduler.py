@@ -14,7 +14,8 @@ from .sequence import Sequence, SequenceStatus
 # Up to so many tokens a GPU's step waits for the weights, not for its products: prompts are not cut any smaller to fit.
 WEIGHT_BOUND = 256
 # Prompts that fill so much of a bucket run in it; fewer tokens fill the next smaller one, and the rest waits a step.
-WELL_FILLED = 0.75
+# Beside decoding rows, whose steps come anyway, only padding counts; alone the rest costs a step of its own.
+WELL_FILLED, WELL_FILLED_BESIDE = 0.75, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Scheduler:
         self._tick += 1
         decodes = [self._decode(part) for part in self.partitions]
         budgets = [
-            self._chunk_budget(left, whole, self.max_num_batched_tokens - len(taken))
+            self._chunk_budget(left, whole, len(taken))
             for (left, whole), taken in zip(self._prompts(), decodes, strict=True)
         ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
@@ -247,14 +248,16 @@ class Scheduler:
             for part in self.partitions
         ]
 
-    def _chunk_budget(self, left: int, whole: int, budget: int) -> int:
-        """Prompt tokens to take in this step, of `left` ones and at most `budget`."""
+    def _chunk_budget(self, left: int, whole: int, num_decodes: int) -> int:
+        """Prompt tokens to take in this step, of `left` ones, beside so many decoding rows."""
+        budget = self.max_num_batched_tokens - num_decodes
         if self.num_stages > 1:  # equal pieces, one for each stage
             budget = min(budget, max(-(-whole // self.num_stages), WEIGHT_BOUND))
         wanted = min(left, budget)
         smaller = max((size for size in self.chunk_sizes if size <= wanted), default=0)
         larger = min((size for size in self.chunk_sizes if size > wanted), default=0)
-        return smaller if smaller and larger > WEIGHT_BOUND and wanted < WELL_FILLED * larger else budget
+        enough = larger * (WELL_FILLED_BESIDE if num_decodes else WELL_FILLED)
+        return smaller if smaller and larger > WEIGHT_BOUND and wanted < enough else budget
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:
         left = seq.num_tokens - seq.num_computed

@@ -216,14 +216,23 @@ def test_new_sequences_go_where_most_pages_are_free() -> None:
 
 
 def test_prompts_are_cut_to_what_steps_are_compiled_for() -> None:
-    pools = [PagePool(400, 16)]
-    scheduler = Scheduler(pools, max_num_seqs=4, max_num_batched_tokens=1024, max_chunks=4, chunk_sizes=(64, 256, 1024))
+    def make_idle() -> Scheduler:
+        options = dict(max_num_batched_tokens=1024, max_chunks=4, chunk_sizes=(64, 256, 1024))
+        return Scheduler([PagePool(400, 16)], max_num_seqs=4, **options)
+
+    scheduler = make_idle()
+    scheduler.add(sequence(0, 800))
+    scheduler.add(sequence(1, 90))
+    schedule = scheduler.schedule()
+    assert [(c.seq.seq_id, c.length) for c in schedule.chunks] == [(0, 800), (1, 90)], "890 are nearly 1,024"
+
+    scheduler = make_idle()
     scheduler.add(sequence(0, 700))
     assert [scheduler.schedule().num_chunk_tokens for _ in range(4)] == [256, 256, 188, 0]
-    scheduler.add(sequence(1, 800))
-    scheduler.add(sequence(2, 90))
-    schedule = scheduler.schedule()
-    assert [(c.seq.seq_id, c.length) for c in schedule.chunks] == [(1, 800), (2, 90)], "890 are nearly 1,024"
+    scheduler.add(sequence(1, 890))
+    assert scheduler.schedule().num_chunk_tokens == 256, "beside a decoding row the rest has a step anyway"
+    scheduler.add(sequence(2, 350))
+    assert scheduler.schedule().num_chunk_tokens == 984, "too nearly 1,024 to be cut"
     scheduler.add(sequence(3, 100))
     assert scheduler.schedule().num_chunk_tokens == 100, "as quick as 64"
 
