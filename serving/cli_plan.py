@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine_config import EngineConfig
+from .engine_config import GPU_TOKENS, EngineConfig
 
 if TYPE_CHECKING:
     from paddock.sharding import MeshConfig
@@ -60,7 +60,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="at once (default: %(default)s)")
     engine.add_argument(
-        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="in a step (default: %(default)s)"
+        "--max-num-batched-tokens", type=int, default=GPU_TOKENS, metavar="N", help="in a step (default: %(default)s)"
     )
     engine.add_argument("--max-model-len", type=int, metavar="N", help="that the cache must hold (default: a page)")
     engine.add_argument("--block-size", type=int, default=64, metavar="N", help="of a page (default: %(default)s)")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paddock.sharding import LayoutText
 
+# Tokens of a step where nobody says how many. On a GPU, prompts that come together then hold the rest up for few steps;
+# vLLM takes as many.
+CPU_TOKENS, GPU_TOKENS = 512, 8192
 # Mesh axes and the fields that are short for them, slowest-varying first.
 _SHORTHANDS = {"data": "data_parallel_size", "pipe": "pipeline_parallel_size", "tensor": "tensor_parallel_size"}
 
@@ -54,7 +57,7 @@ class EngineConfig:
         None, "bytes of KV cache per device; auto: what is left of the GPU, or 10% of RAM (at most 4 GiB) on CPU"
     )
     max_num_seqs: int | None = option(None, "sequences running at once; auto: 32 on CPU, else 256")
-    max_num_batched_tokens: int | None = option(None, "tokens in one step; auto: 512 on CPU, else 2048")
+    max_num_batched_tokens: int | None = option(None, f"tokens in a step; auto: {CPU_TOKENS} on CPU, else {GPU_TOKENS}")
     max_num_queued_reqs: int | None = option(None, "requests waiting before new ones are refused; auto: no limit")
     max_logprobs: int = option(20, "largest logprobs or prompt_logprobs that a request may ask for")
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")

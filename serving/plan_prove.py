@@ -15,6 +15,8 @@ from typing import Any
 from paddock.model import LlamaConfig, RopeConfig
 from paddock.sharding import Total
 
+from .engine_config import GPU_TOKENS
+
 WHEELS = ("12", "13")  # majors of CUDA that JAX's plugin comes for
 # The 405B shape takes two minutes on two cores.
 TIMEOUT_SECONDS = 900.0
@@ -77,7 +79,7 @@ def prove(
     page_size: int = 64,
     num_pages: int,
     max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 2048,
+    max_num_batched_tokens: int = GPU_TOKENS,
     max_model_len: int,
     timeout: float = TIMEOUT_SECONDS,
 ) -> Proof:

@@ -18,6 +18,7 @@ from paddock.sharding import LayoutText, MeshConfig
 from paddock.sharding.accelerators import Accelerator, accelerator
 from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
+from .engine_config import GPU_TOKENS
 from .footprint import SLACK, Footprint
 from .kv_cache import page_bytes
 from .plan_prove import Proof
@@ -39,7 +40,7 @@ class Demand:
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = GPU_TOKENS
     max_model_len: int | None = None
     block_size: int = 64
     input_len: int = 1024

@@ -22,7 +22,7 @@ from paddock.sharding import Layout
 from paddock.sharding.memory import show_bytes
 
 from .bucket import BucketTable
-from .engine_config import EngineConfig
+from .engine_config import CPU_TOKENS, GPU_TOKENS, EngineConfig
 from .footprint import MAX_CHUNKS, SLACK, Footprint, free_bytes, refuse_too_large
 from .kv_cache import page_bytes
 from .programs import Programs
@@ -220,7 +220,7 @@ def _model(config: EngineConfig) -> tuple[Path | None, LlamaConfig, GenerationCo
 
 def _step_size(config: EngineConfig, on_cpu: bool, multiple: int) -> tuple[int, int]:
     """Tokens of a step and sequences at once, each a multiple of the pieces that the layout cuts rows into."""
-    budget = config.max_num_batched_tokens or (512 if on_cpu else 2048) // multiple * multiple or multiple
+    budget = config.max_num_batched_tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS) // multiple * multiple or multiple
     max_num_seqs = config.max_num_seqs or min(32 if on_cpu else 256, budget) // multiple * multiple or multiple
     _check_step_size(budget, max_num_seqs, multiple)
     return budget, max_num_seqs

@@ -17,7 +17,7 @@ import jax
 from paddock.sharding.memory import PlannedLayout
 
 from .build import Built, build
-from .engine_config import EngineConfig
+from .engine_config import CPU_TOKENS, GPU_TOKENS, EngineConfig
 from .explain import array_kinds, device_bytes, slices, step_collectives, temp_bytes
 from .platform import prepare
 from .resolve import Resolved
@@ -90,7 +90,7 @@ def fit(config: EngineConfig, layout: SweepLayout, cases: list[Case], num_cpu_de
     multiple = math.lcm(planned.num_shards("batch"), planned.num_shards("tokens"))
     batch = -(-max(case.batch_size for case in cases) // multiple) * multiple
     slots = config.max_num_seqs or batch
-    usual = 512 if jax.default_backend() == "cpu" else 2048
+    usual = CPU_TOKENS if jax.default_backend() == "cpu" else GPU_TOKENS
     budget = config.max_num_batched_tokens or -(-max(usual, 2 * slots) // multiple) * multiple
     longest = max(c.input_len + c.output_len + headroom(c, budget, planned.num_shards("layers")) for c in cases)
     return dataclasses.replace(

@@ -12,6 +12,7 @@ import pytest
 from paddock.model.shapes import SHAPES
 from paddock.serving import plan
 from paddock.serving.cli import main
+from paddock.serving.engine_config import GPU_TOKENS
 from paddock.serving.footprint import SLACK, Footprint
 from paddock.serving.plan_report import plan_report
 from paddock.serving.planner import Plan
@@ -83,7 +84,7 @@ def test_quantized_weights():
 def test_pages_are_what_the_engine_would_take(mesh):
     """The same arithmetic as at the engine's start: with one page more it would not fit."""
     (layout,) = plan("llama-3.1-8b", "h100-80gb", 8, mesh=mesh, max_model_len=8192).layouts
-    footprint = Footprint(SHAPES["llama-3.1-8b"], "bfloat16", 64, 256, 2048, 8192, SLACK)
+    footprint = Footprint(SHAPES["llama-3.1-8b"], "bfloat16", 64, 256, GPU_TOKENS, 8192, SLACK)
     pages = layout.kv_tokens // layout.mesh.num_replicas // 64 + 1
     placed = PlannedLayout.of(mesh)
     available = int(84_942_979_072 * 0.9)
