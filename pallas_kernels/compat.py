@@ -38,6 +38,13 @@ def load(ref: Any, layout: Any) -> Any:
     return read(ref, layout=layout, optimized=False)
 
 
+def iota(shape: tuple[int, ...], axis: int, layout: Any) -> Any:
+    """Each element's index on the axis, int32, in registers of that layout."""
+    if _PUBLIC_INTERPRETER is None:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
 def load_transposed(ref: Any, layout: Any) -> Any:
     """The transpose of the matrix in `ref`, in registers of that layout."""
     if _PUBLIC_INTERPRETER is None:  # the interpreter of 0.10 knows no transposed refs

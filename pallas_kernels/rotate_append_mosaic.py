@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from .checks import check_append, check_rotation
-from .compat import bound, kernel, load, mosaic_mode
+from .compat import bound, iota, kernel, load, mosaic_mode
 
 LANE = 128  # values that the threads of a block turn at a time: one head, or two of 64
 LAYOUT = plgpu.Layout.WG_STRIDED((LANE,), vec_size=1)
@@ -60,7 +60,8 @@ def rotate_append_mosaic(
         ),
         grid=(tokens,),
         grid_names=("token",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        # Layouts are given, for inferring them takes time that grows with the square of the heads (3.4 s for 40).
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=mosaic_mode(interpret) or False,
     )(qkv, *factors, page, offset, *pools)
     return q.reshape(tokens, kv_heads, -1, head_dim), jax.freeze(pools[0]), jax.freeze(pools[1])
@@ -94,7 +95,7 @@ def _turn_token(
     plgpu.copy_gmem_to_smem(qkv_ref.at[token, :, group + 1], values, ready)
     target = page_ref[token], slice(None), offset_ref[token]
     own_factor, partner_factor = (load(ref.at[token], LAYOUT) for ref in (own_ref, partner_ref))
-    in_first_half = lax.rem(lax.broadcasted_iota(jnp.int32, (LANE,), 0), head_dim) < half
+    in_first_half = lax.rem(iota((LANE,), 0, LAYOUT), head_dim) < half
     plgpu.barrier_wait(ready)
     plgpu.copy_smem_to_gmem(values, v_pages_ref.at[target])
     for row in range(0, turned.shape[0], first):
