@@ -38,11 +38,9 @@ def load(ref: Any, layout: Any) -> Any:
     return read(ref, layout=layout, optimized=False)
 
 
-def iota(shape: tuple[int, ...], axis: int, layout: Any) -> Any:
-    """Each element's index on the axis, int32, in registers of that layout."""
-    if _PUBLIC_INTERPRETER is None:
-        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+def placed(value: Any, layout: Any) -> Any:
+    """`value`, which has no layout yet, in registers of that layout."""
+    return value if _PUBLIC_INTERPRETER is None else plgpu.layout_cast(value, layout)
 
 
 def load_transposed(ref: Any, layout: Any) -> Any:

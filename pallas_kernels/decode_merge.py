@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .compat import load, store_transposed
+from .compat import load, placed, store_transposed
 from .decode_plan import tiles_of
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -67,7 +67,7 @@ def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_r
                 total, mass = total + values * along_rows(weight, values), mass + weight
             return total, new_peak, mass
 
-        start = total, peak, jnp.ones(peak.shape, jnp.float32)
+        start = total, peak, placed(jnp.ones(peak.shape, jnp.float32), LAYOUT.reduce(0))
         total, _, mass = lax.fori_loop(0, lax.div(others + together - 1, together), add, start)
         store_output(total / along_rows(mass, total), out_smem, out_ref.at[sequence, head, :, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -186,7 +186,8 @@ def _attend(
         scratch_types=dict(out_smem=plgpu.SMEM((rows, columns), q.dtype)),
         grid=(workers, head_dim // columns),
         grid_names=("worker", "columns"),
-        **settings,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=settings["interpret"],
     )(parts, lse, plan, kv_len, out_ref)
     if rotation:
         k_pages, v_pages = (jax.freeze(pool) for pool in pools)

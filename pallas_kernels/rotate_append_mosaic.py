@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from .checks import check_append, check_rotation
-from .compat import bound, iota, kernel, load, mosaic_mode
+from .compat import bound, kernel, load, mosaic_mode, placed
 
 LANE = 128  # values that the threads of a block turn at a time: one head, or two of 64
 LAYOUT = plgpu.Layout.WG_STRIDED((LANE,), vec_size=1)
@@ -95,7 +95,7 @@ def _turn_token(
     plgpu.copy_gmem_to_smem(qkv_ref.at[token, :, group + 1], values, ready)
     target = page_ref[token], slice(None), offset_ref[token]
     own_factor, partner_factor = (load(ref.at[token], LAYOUT) for ref in (own_ref, partner_ref))
-    in_first_half = lax.rem(iota((LANE,), 0, LAYOUT), head_dim) < half
+    in_first_half = lax.rem(placed(lax.broadcasted_iota(jnp.int32, (LANE,), 0), LAYOUT), head_dim) < half
     plgpu.barrier_wait(ready)
     plgpu.copy_smem_to_gmem(values, v_pages_ref.at[target])
     for row in range(0, turned.shape[0], first):

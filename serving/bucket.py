@@ -78,12 +78,13 @@ class BucketTable:
         )
 
     def all(self) -> list[Bucket]:
-        """Every bucket, largest first: the longest compiles start first."""
+        """Every bucket, by its tokens, most first: the longest compiles start first."""
         if self.single:
             return [Bucket(self.decodes[-1], self.chunk_tokens[-1], self.max_chunks, self.full)]
         shapes = [(decodes, 0, 0) for decodes in self.decodes]
         shapes += [(decodes, t, self.max_chunks) for decodes in (0, self.decodes[-1]) for t in self.chunk_tokens]
-        return sorted((Bucket(*shape, self.full) for shape in shapes), reverse=True)
+        buckets = (Bucket(*shape, self.full) for shape in shapes)
+        return sorted(buckets, key=lambda bucket: (bucket.decodes + bucket.chunk_tokens, bucket), reverse=True)
 
     def choose(self, schedules: Iterable[Schedule]) -> Bucket:
         """The smallest bucket that holds each of `schedules`, which are all in the pipeline at once."""

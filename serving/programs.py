@@ -27,6 +27,12 @@ from .step_products import MAILBOXES
 # kernels (H100, a layer of the 8B shape: 166 against 180 us at 1 row, 175 and 174 at 32, 239 against 229 at 256), each
 # of which takes some seconds to compile; docs/numbers.md.
 CUBLAS_ROWS = 32
+# On a GPU XLA times what it may choose from, one program after the other, which took longer than all else: 128
+# algorithms of cuBLAS for each product, best first by cuBLAS's own estimate, and two ways to compile each other kernel.
+AUTOTUNING: Mapping[str, Any] = {
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+    **({"xla_gpu_blas_max_algorithms": 16} if jax.__version_info__ >= (0, 11) else {}),  # 0.10.2 does not know it
+}
 # Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
 SCORE_ROWS = 32
 BIAS_ENTRIES = 512
@@ -84,15 +90,16 @@ class Programs:
         jobs: dict[Any, Job] = {bucket: self.job(bucket) for bucket in self.packings}
         for bucket in self.packings:
             if not bucket.full:
-                jobs["resample", bucket] = Job(functools.partial(self._lower_resample, bucket))
+                jobs["resample", bucket] = Job(functools.partial(self._lower_resample, bucket), self._options)
         others = {"edit_bias": self._lower_bias, "score": self._lower_score, "allocate": self._lower_allocate}
-        return jobs | {name: Job(lower) for name, lower in others.items()}
+        return jobs | {name: Job(lower, self._options) for name, lower in others.items()}
 
     def job(self, bucket: Bucket) -> Job:
         """The step of one bucket, with XLA's options for it."""
-        on_gpu = self.plan.layout.mesh.devices.flat[0].platform == "gpu"
-        cublas = on_gpu and bucket.decodes + bucket.chunk_tokens >= CUBLAS_ROWS
-        return Job(functools.partial(self.lower, bucket), {"xla_gpu_enable_triton_gemm": False} if cublas else {})
+        options = dict(self._options)
+        if options and bucket.decodes + bucket.chunk_tokens >= CUBLAS_ROWS:
+            options["xla_gpu_enable_triton_gemm"] = False
+        return Job(functools.partial(self.lower, bucket), options)
 
     def compile_allocate(self) -> jax.stages.Compiled:
         """What makes an empty cache and state."""
@@ -108,6 +115,10 @@ class Programs:
         mesh = self.plan.layout.mesh
         plan = {f.name: getattr(self.plan, f.name) for f in dataclasses.fields(self.plan) if f.name != "layout"}
         return repr((plan, dict(mesh.shape), self.plan.layout.rules, self.buckets, self.num_pages))
+
+    @property
+    def _options(self) -> Mapping[str, Any]:
+        return AUTOTUNING if self.plan.layout.mesh.devices.flat[0].platform == "gpu" else {}
 
     @property
     def _precision(self) -> Any:
