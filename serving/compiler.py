@@ -60,7 +60,8 @@ class Compiler:
 
     def run(self, jobs: Mapping[Any, Job]) -> dict[Any, jax.stages.Compiled]:
         """Lowering is Python: threads that lower at once wait for each other, and compile nothing while they do. So
-        one lowers, the jobs in their order, and the others take over what is lowered."""
+        one lowers, the jobs in their order, and the others take over what is lowered. Writing executables out holds
+        Python up as well, so that it comes when all are lowered."""
         with (
             concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
             tqdm(total=len(jobs), desc="Compiling steps", unit="step", disable=not self.progress) as bar,
@@ -70,10 +71,12 @@ class Compiler:
             for key, job in jobs.items():
                 if reading[key].result() is None:
                     lowered = self._timed("lower_seconds", job.lower)
-                    making[key] = pool.submit(self._make, key, job, lowered)
+                    making[key] = pool.submit(self._make, job, lowered)
                     making[key].add_done_callback(lambda _: bar.update())
                 else:
                     bar.update()
+            for key, made in making.items():
+                pool.submit(self._save, key, jobs[key], made)
             self.report.num_lowered, self.report.num_found = len(making), len(jobs) - len(making)
             programs: dict[Any, Any] = {key: (making.get(key) or reading[key]).result() for key in jobs}
             return programs
@@ -82,15 +85,17 @@ class Compiler:
         cache = self.cache
         return None if cache is None else self._timed("read_seconds", lambda: cache.load(key, job.options))
 
-    def _make(self, key: Any, job: Job, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    def _make(self, job: Job, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         finds = _FINDS.count
         compiled = self._timed("compile_seconds", lambda: lowered.compile(dict(job.options)))
         is_new = _FINDS.count == finds
         with self._lock:
             self.report.num_compiled += is_new
-        if self.cache is not None:
-            self.cache.save(key, job.options, compiled)
         return compiled
+
+    def _save(self, key: Any, job: Job, made: concurrent.futures.Future[jax.stages.Compiled]) -> None:
+        if self.cache is not None and made.exception() is None:
+            self.cache.save(key, job.options, made.result())
 
     def _timed(self, name: str, fn: Callable[[], Any]) -> Any:
         start = time.perf_counter()

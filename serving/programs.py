@@ -85,14 +85,14 @@ class Programs:
             return jitted.lower(self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket)))
 
     def jobs(self) -> dict[Any, Job]:
-        """All of them: the steps by bucket, ("resample", bucket) where a step has the least of the sampler,
-        "edit_bias", "score" and "allocate"."""
-        jobs: dict[Any, Job] = {bucket: self.job(bucket) for bucket in self.packings}
+        """All of them: "edit_bias", "score" and "allocate", ("resample", bucket) where a step has the least of the
+        sampler, and the steps by bucket. First what is lowered soon, which is compiled while the rest is lowered."""
+        small = {"edit_bias": self._lower_bias, "score": self._lower_score, "allocate": self._lower_allocate}
+        jobs: dict[Any, Job] = {name: Job(lower, self._options) for name, lower in small.items()}
         for bucket in self.packings:
             if not bucket.full:
                 jobs["resample", bucket] = Job(functools.partial(self._lower_resample, bucket), self._options)
-        others = {"edit_bias": self._lower_bias, "score": self._lower_score, "allocate": self._lower_allocate}
-        return jobs | {name: Job(lower, self._options) for name, lower in others.items()}
+        return jobs | {bucket: self.job(bucket) for bucket in self.packings}
 
     def job(self, bucket: Bucket) -> Job:
         """The step of one bucket, with XLA's options for it."""

@@ -23,7 +23,7 @@ def check(append: Any, tokens: int, heads: int, kv_heads: int, head_dim: int, pa
     new = with_new_tokens(case, lengths, heads, dtype)
     position = np.array(lengths) - 1
     page = np.asarray(case.page_table)[np.arange(tokens), position // page_size]
-    pools = case.k_pages, case.v_pages
+    pools = jax.tree.map(jnp.copy, (case.k_pages, case.v_pages))  # they may be donated
     q, *after = append(new.qkv, new.cos, new.sin, *pools, jnp.asarray(page), jnp.int32(position % page_size))
     assert (q.shape, q.dtype) == ((tokens, kv_heads, heads // kv_heads, head_dim), dtype)
     assert relative_error(q, np.asarray(new.rotated[:, :, :-2], np.float64)) <= (1e-6 if dtype == jnp.float32 else 1e-3)

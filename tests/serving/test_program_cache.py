@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from layout_runs import resolve_tiny
 
+from paddock.serving.bucket import Bucket
 from paddock.serving.build import _program_cache
 from paddock.serving.compiler import Compiler, Job
 from paddock.serving.engine_config import EngineConfig
@@ -56,6 +59,36 @@ def test_a_second_start_finds_them_all(jobs: dict[str, Job], tmp_path: Path) -> 
     assert (second.report.num_found, second.report.num_lowered) == (2, 0)
     assert first.report.lower_seconds > 0 == second.report.lower_seconds
     assert second.report.read_seconds > 0
+
+
+def test_nothing_is_written_before_all_are_lowered(jobs: dict[str, Job], tmp_path: Path) -> None:
+    """Writing holds up the one thread that lowers."""
+    order: list[str] = []
+
+    class Watched(ProgramCache):
+        def save(self, key: object, *rest: Any) -> None:
+            order.append("save")
+            super().save(key, *rest)
+
+    def lower(job: Job) -> jax.stages.Lowered:
+        order.append("lower")
+        return job.lower()
+
+    watched = {key: Job(functools.partial(lower, job)) for key, job in jobs.items()}
+    Compiler(Watched(tmp_path, jax.devices()[:1], "")).run(watched)
+    assert order == ["lower", "lower", "save", "save"]
+
+
+def test_what_is_lowered_soon_and_large_steps_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = resolve_tiny(monkeypatch).programs
+    # As on a GPU, where steps have the least of the sampler.
+    programs = dataclasses.replace(programs, buckets=dataclasses.replace(programs.buckets, full=False))
+    keys = list(programs.jobs())
+    steps = [key for key in keys if isinstance(key, Bucket)]
+    assert keys[-len(steps) :] == steps == programs.buckets.all()
+    assert len(keys) == 2 * len(steps) + 3
+    sizes = [bucket.decodes + bucket.chunk_tokens for bucket in steps]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
