@@ -27,12 +27,10 @@ from .step_products import MAILBOXES
 # kernels (H100, a layer of the 8B shape: 166 against 180 us at 1 row, 175 and 174 at 32, 239 against 229 at 256), each
 # of which takes some seconds to compile; docs/numbers.md.
 CUBLAS_ROWS = 32
-# On a GPU XLA times what it may choose from, one program after the other, which took longer than all else: 128
-# algorithms of cuBLAS for each product, best first by cuBLAS's own estimate, and two ways to compile each other kernel.
-AUTOTUNING: Mapping[str, Any] = {
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-    **({"xla_gpu_blas_max_algorithms": 16} if jax.__version_info__ >= (0, 11) else {}),  # 0.10.2 does not know it
-}
+# XLA compiles each fusion in two ways and keeps the one that it measures to be faster: half of all compiling or more,
+# for steps that take as long without (H100, 8B shape, ms: 5.96 with and 6.04 without at 32 rows, 7.91 and 7.93 at 256,
+# 8.42 and 8.39 for a chunk of 256), and whose kernels, and with them roundings, may differ from start to start.
+GPU_OPTIONS: Mapping[str, Any] = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 # Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
 SCORE_ROWS = 32
 BIAS_ENTRIES = 512
@@ -118,7 +116,7 @@ class Programs:
 
     @property
     def _options(self) -> Mapping[str, Any]:
-        return AUTOTUNING if self.plan.layout.mesh.devices.flat[0].platform == "gpu" else {}
+        return GPU_OPTIONS if self.plan.layout.mesh.devices.flat[0].platform == "gpu" else {}
 
     @property
     def _precision(self) -> Any:
