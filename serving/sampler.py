@@ -166,8 +166,8 @@ def _peaks_and_masses(blocks: Float[Array, "R N b"]) -> tuple[Float[Array, "R N"
     def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         peak = jnp.maximum(a[0], b[0])
         # Where both are -inf, their difference would be NaN.
-        mass = sum(mass * jnp.exp(jnp.where(own == peak, 0.0, own - peak)) for own, mass in (a, b))
-        return peak, mass
+        first, second = (mass * jnp.exp(jnp.where(own == peak, 0.0, own - peak)) for own, mass in (a, b))
+        return peak, first + second
 
     start = jnp.float32(-jnp.inf), jnp.float32(0)
     return jax.lax.reduce((blocks, jnp.ones_like(blocks)), start, join, dimensions=(2,))
