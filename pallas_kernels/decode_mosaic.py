@@ -98,14 +98,14 @@ def decode_append_mosaic(
     kv_len: Int[Array, " B"],
     *,
     scale: float,
-    ahead: Float[Array, "E N"] | None = None,
+    ahead: Float[Array, "E D"] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B K G h"], Float[Array, "P K p h"], Float[Array, "P K p h"]]:
     """`decode_append_reference` in the kernels of `decode_mosaic`: a step's rotation and append cost no kernel more.
 
     Every thread block rotates the queries that it attends for. The one that has a sequence's end rotates the new key
     as well, sends it and the value to their page, and begins its softmax with them: nobody else reads that row, so that
-    no block waits for another. In place once the pools are donated. Of `ahead` [E, N] the cache is asked for a part,
+    no block waits for another. In place once the pools are donated. Of `ahead` [E, D] the cache is asked for a part,
     where rows are few.
     Raises ValueError as `decode_mosaic` does, and for pages that are quantized.
     """

@@ -40,7 +40,7 @@ def decode_append_reference(
     kv_len: Int[Array, " B"],
     *,
     scale: float,
-    ahead: Float[Array, "E N"] | None = None,
+    ahead: Float[Array, "E D"] | None = None,
 ) -> tuple[Float[Array, "B K G h"], Float[Array, "P K p h"], Float[Array, "P K p h"]]:
     """`decode_reference` of each row's last token, which is not in the pages yet, and the pools with it.
 
