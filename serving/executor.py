@@ -20,6 +20,7 @@ from .outputs import Logprob, TokenLogprobs
 from .pack import Group, Packer, lay_out
 from .pipeline import Params
 from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
+from .sampler import Sampled
 from .scheduler import Schedule
 from .sequence import Sequence
 from .step_plan import StepOutput
@@ -34,19 +35,18 @@ class StepFuture:
     rows: np.ndarray
     bucket: Bucket
     num_tokens: int
-    output: StepOutput
+    sampled: Sampled
     # (sequence, prompt position of each row, scored rows)
     prompt_scores: list[tuple[Sequence, list[int], Any]]
 
     def read(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
         """A token for each of `seqs`, and log-probabilities for those that asked. Raises what the device raised."""
-        sampled = self.output.sampled
-        all_tokens, rows = np.asarray(sampled.tokens).tolist(), self.rows.tolist()
+        all_tokens, rows = np.asarray(self.sampled.tokens).tolist(), self.rows.tolist()
         tokens = [all_tokens[row] for row in rows]
         asking = [i for i, seq in enumerate(self.seqs) if seq.params.logprobs is not None] if self.bucket.full else []
         if not asking:
             return tokens, {}
-        host = [np.asarray(part) for part in sampled]
+        host = [np.asarray(part) for part in self.sampled]
         return tokens, {self.seqs[i]: _token_logprobs(host, rows[i], self.seqs[i].params.logprobs or 0) for i in asking}
 
     def read_prompt_logprobs(self) -> Iterable[tuple[Sequence, int, TokenLogprobs]]:
@@ -124,7 +124,6 @@ class Executor:
         if leaving.full and not bucket.full:
             self.state, sampled = self.compiled["resample", bucket](self.state, sent, output.logits)
             output = output._replace(sampled=sampled)
-        output = output._replace(logits=None)  # they are large, and nobody's from here on
         output.sampled.tokens.copy_to_host_async()
         return self._future(bucket, leaving, *placed[-1], output)
 
@@ -138,8 +137,9 @@ class Executor:
         schedule = group.schedule
         rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[group.samples]])
         bucket = dataclasses.replace(bucket, full=bucket.full or group.full)
-        scores = list(self._score_prompts(group, output))
-        return StepFuture(schedule.sampling, rows, bucket, schedule.num_tokens, output, scores)
+        # Logits and hidden states are large, and nobody's from here on.
+        scores = list(self._score_prompts(group, output.hidden))
+        return StepFuture(schedule.sampling, rows, bucket, schedule.num_tokens, output.sampled, scores)
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
         """Change a slot's logit bias from the next step on."""
@@ -154,7 +154,7 @@ class Executor:
             placed = [self.plan.layout.put(np.asarray(argument)) for argument in arguments]
             self.state = self.compiled["edit_bias"](self.state, *placed)
 
-    def _score_prompts(self, group: Group, output: StepOutput) -> Iterable[tuple[Sequence, list[int], Any]]:
+    def _score_prompts(self, group: Group, hidden: jax.Array | None) -> Iterable[tuple[Sequence, list[int], Any]]:
         share = self.plan.max_chunk_tokens // self.plan.num_partitions
         for chunk, offset in zip(group.schedule.chunks, group.chunks[1].tolist(), strict=True):
             seq = chunk.seq
@@ -169,7 +169,7 @@ class Executor:
                     rows[0, : len(positions)] = [begin + p for p in positions]
                     rows[1, : len(positions)] = [seq.prompt_token_ids[p] for p in positions]
                     placed = self.plan.layout.put(rows[0]), self.plan.layout.put(rows[1])
-                    yield seq, positions, self.compiled["score"](self.params, output.hidden, *placed)
+                    yield seq, positions, self.compiled["score"](self.params, hidden, *placed)
 
     def release(self) -> None:
         """Give the device memory back."""

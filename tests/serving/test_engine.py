@@ -19,6 +19,7 @@ from paddock.serving.engine import Engine
 from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
 from paddock.serving.executor import StepFuture
 from paddock.serving.page_pool import PagePool
+from paddock.serving.sampler import Sampled
 from paddock.serving.scheduler import Schedule, Scheduler
 from paddock.sharding import Layout
 
@@ -299,6 +300,19 @@ def test_the_next_step_is_sent_before_the_last_is_read(llm: LLM, monkeypatch: py
     monkeypatch.setattr(StepFuture, "read", reading)
     llm.generate({"prompt_token_ids": [1, 2, 3]}, greedy(5), use_tqdm=False)
     assert calls == ["send", *["send", "read"] * 4, "read"], "five tokens, five steps, none computed in vain"
+
+
+def test_only_what_is_in_the_hosts_memory_outlives_its_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the device's allocator has other holes at each step, and CUDA graphs are written anew for the addresses."""
+    futures = []
+    read = StepFuture.read
+    monkeypatch.setattr(StepFuture, "read", lambda future: futures.append(future) or read(future))
+    llm.generate(prompts_of([9], llm.engine.vocab_size), greedy(4, prompt_logprobs=1), use_tqdm=False)
+    kept = jax.tree.leaves([(future.sampled, [scored for *_, scored in future.prompt_scores]) for future in futures])
+    assert len(kept) > len(futures) * len(Sampled._fields)
+    assert {array.sharding.memory_kind for array in kept} == {"pinned_host"}
+    held = (value for future in futures for value in vars(future).values())
+    assert not [value for value in held if isinstance(value, jax.Array)], "all that a future holds was looked at"
 
 
 def test_a_reset_frees_the_old_cache_first(llm: LLM) -> None:
