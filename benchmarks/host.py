@@ -26,9 +26,9 @@ from offline import Row, make_parser, open_llm, report
 
 from paddock.serving import LLM
 from paddock.serving.bench_offline import fixed_length
-from paddock.serving.bench_profile import AS_USUAL, decode_bucket
+from paddock.serving.bench_profile import record_as_usual
 from paddock.serving.bench_workload import Job, random_prompt
-from paddock.serving.step_trace import StepTrace, record
+from paddock.serving.step_trace import StepTrace
 
 # Tokens at both ends that do not count: some sequences are still in prefill, or have ended.
 EDGE = 8
@@ -101,16 +101,10 @@ def idle_share(llm: LLM, jobs: list[Job], draw: random.Random) -> float | None:
     """Share of decode in which the first GPU runs nothing; None without one."""
     if jax.default_backend() != "gpu":
         return None
-    executor, bucket = llm.engine.replicas[0].executor, decode_bucket(llm.engine, len(jobs))
-    usual = executor.compiled[bucket]
-    executor.compiled[bucket] = executor.programs.compile_step(bucket, AS_USUAL)
     prompts = [random_prompt(job, llm.engine.vocab_size, draw) for job in jobs]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            record(llm.engine, jobs, prompts, Path(folder))
-            return StepTrace.read(Path(folder)).idle_share()
-    finally:
-        executor.compiled[bucket] = usual
+    with tempfile.TemporaryDirectory() as folder:
+        record_as_usual(llm.engine, jobs, prompts, Path(folder))
+        return StepTrace.read(Path(folder)).idle_share()
 
 
 def measure(llm: LLM, batch: int, input_len: int, output_len: int, reps: int, draw: random.Random) -> Row:

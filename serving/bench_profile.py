@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,7 @@ def profile(engine: Front, jobs: Sequence[Job], seed: int, folder: Path) -> dict
     }
     if not trace.on_gpu:
         return result
-    usual = executor.compiled[bucket]
-    executor.compiled[bucket] = executor.programs.compile_step(bucket, AS_USUAL)
-    try:
-        record(engine, jobs, prompts, folder / "idle")
-    finally:
-        executor.compiled[bucket] = usual
+    record_as_usual(engine, jobs, prompts, folder / "idle")
     trace = StepTrace.read(folder / "idle")
     result["gpu_idle"] = trace.idle_share()
     gaps = trace.gaps(NUM_GAPS)
@@ -64,6 +60,28 @@ def profile(engine: Front, jobs: Sequence[Job], seed: int, folder: Path) -> dict
     for seconds, before, after in gaps:
         print(f"  {seconds * 1e6:8.1f} us between {before} and {after}")
     return {**result, "gaps_us": [[seconds * 1e6, before, after] for seconds, before, after in gaps]}
+
+
+def record_as_usual(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], folder: Path) -> None:
+    """`record`, with command buffers.
+
+    A CUDA graph must not outlive the start or the end of a profile (CUDA_ERROR_LAUNCH_FAILED, JAX 0.11.2, H100), so the
+    step's program is a new one, which runs in the profile alone.
+    """
+    from .step_trace import record
+
+    executor, bucket = engine.replicas[0].executor, decode_bucket(engine, len(jobs))
+    usual, fresh = executor.compiled[bucket], executor.programs.compile_step(bucket, AS_USUAL)
+
+    @contextlib.contextmanager
+    def as_usual() -> Iterator[None]:
+        executor.compiled[bucket] = fresh
+        try:
+            yield
+        finally:
+            executor.compiled[bucket] = usual
+
+    record(engine, jobs, prompts, folder, within=as_usual())
 
 
 def decode_bucket(engine: Front, batch: int) -> Bucket:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable
+from collections.abc import Sequence as ListOf
 from typing import Protocol, runtime_checkable
 
 from .errors import EngineDead
@@ -47,7 +48,7 @@ class StepResult:
     of them that ended with it, prompt scores, and sequences whose step raised."""
 
     schedule: Schedule
-    advanced: list[Sequence] = dataclasses.field(default_factory=list)
+    advanced: ListOf[Sequence] = ()
     logprobs: dict[Sequence, TokenLogprobs] = dataclasses.field(default_factory=dict)
     ended: list[Sequence] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]] = dataclasses.field(default_factory=list)
@@ -69,6 +70,8 @@ class Engine:
         self.runner, self.scheduler, self.limits = runner, scheduler, limits
         self._ids = itertools.count()
         self._pending: StepFuture | None = None
+        # Whose slot's bias row keeps the stop tokens from being sampled, until min_tokens are there.
+        self._stops_banned: set[Sequence] = set()
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError naming the argument if this request can never run."""
@@ -177,14 +180,17 @@ class Engine:
         for chunk in schedule.chunks:
             seq = chunk.seq
             if chunk.is_first and (seq.params.logit_bias or seq.params.min_tokens):
-                seq.stops_banned = seq.num_generated - chunk.samples < seq.params.min_tokens
                 bias = dict(seq.params.logit_bias or {})
-                if seq.stops_banned:
+                self._stops_banned.discard(seq)
+                if seq.num_generated - chunk.samples < seq.params.min_tokens:
                     bias |= dict.fromkeys(seq.stop_token_ids, -math.inf)
+                    self._stops_banned.add(seq)
                 self.runner.edit_bias(seq.slot, bias, clear=True)
-        for seq in schedule.decodes:
-            if seq.stops_banned and seq.num_generated > seq.params.min_tokens:
-                seq.stops_banned = False
+        for seq in list(self._stops_banned):
+            if seq.status is not SequenceStatus.RUNNING:
+                self._stops_banned.remove(seq)  # its next first chunk, if there is one, sets its new slot's row
+            elif seq.num_generated > seq.params.min_tokens:
+                self._stops_banned.remove(seq)
                 bias = {token: (seq.params.logit_bias or {}).get(token, 0.0) for token in seq.stop_token_ids}
                 self.runner.edit_bias(seq.slot, bias, clear=False)
 

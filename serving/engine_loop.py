@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence as ListOf
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ JOIN_SECONDS = 15.0
 @dataclasses.dataclass
 class _Member:
     """Whose sequence it is: output `index` of `stream`; how many of its tokens were told there, and when the last came
-    (monotonic seconds)."""
+    (monotonic seconds; what `_Pace` has is newer)."""
 
     stream: RequestStream
     index: int
@@ -49,6 +50,16 @@ class _Member:
         self.num_told += len(new)
         self.stream.times.last_token = self.last_token
         return TokenEvent(self.index, new, **rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pace:
+    """The sequences that took a token in the last step, when that was, and those that hear of each. While they stay
+    the same ones, as they mostly do, a step need not look at every member."""
+
+    seqs: ListOf[Sequence] = ()
+    time: float = 0.0
+    listening: tuple[tuple[Sequence, _Member], ...] = ()
 
 
 @dataclasses.dataclass
@@ -101,6 +112,7 @@ class EngineLoop:
         self._lockstep = Lockstep(engine, alone=self._peers.is_alone)
         self._inbox: queue.SimpleQueue[Callable[[_Wishes], None] | None] = queue.SimpleQueue()
         self._members: dict[Sequence, _Member] = {}
+        self._pace = _Pace()
         # Sequences left of each request, from `submit` on.
         self._unfinished: dict[RequestStream, int] = {}
         self._accepting, self._stopping = True, False
@@ -262,6 +274,8 @@ class EngineLoop:
         for stream, sequences in zip(wishes.admitted, self._lockstep.take(turn), strict=True):
             stream.sequences = sequences
             self._members |= {seq: _Member(stream, index) for index, seq in enumerate(sequences)}
+        if ending:
+            self._settle_pace()
         for stream, index, reason, _ in ending:
             seq = stream.sequences[index]
             if (member := self._members.get(seq)) is not None:
@@ -278,6 +292,7 @@ class EngineLoop:
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
         for seq, member in self._note_tokens(result, now):
+            member.last_token = now
             event = member.event(
                 seq,
                 logprobs=result.logprobs.get(seq),
@@ -306,19 +321,30 @@ class EngineLoop:
 
         Returns those that must hear of theirs now.
         """
-        members, waiting = self._members, []
-        since: dict[float, int] = {}  # nearly all had their last token in the same step
-        for seq in result.advanced:
-            member = members[seq]
-            last, member.last_token = member.last_token, now
-            if last is None:
-                self._note_first(member, seq, now)
-            else:
-                since[last] = since.get(last, 0) + 1
-            if member.stream.wants_each_token or seq.finish_reason is not None:
-                waiting.append((seq, member))
-        self.metrics.on_tokens(len(result.advanced), {now - last: count for last, count in since.items()})
-        return waiting
+        members, advanced, pace = self._members, result.advanced, self._pace
+        if advanced is pace.seqs:
+            since, listening = {pace.time: len(advanced)} if advanced else {}, pace.listening
+        else:
+            self._settle_pace()
+            since = {}
+            for seq in advanced:
+                member = members[seq]
+                if member.last_token is None:
+                    self._note_first(member, seq, now)
+                else:
+                    since[member.last_token] = since.get(member.last_token, 0) + 1
+            listening = tuple([(seq, members[seq]) for seq in advanced if members[seq].stream.wants_each_token])
+        self._pace = _Pace(advanced, now, listening)
+        self.metrics.on_tokens(len(advanced), {now - last: count for last, count in since.items()})
+        ended = [(seq, members[seq]) for seq in result.ended if not members[seq].stream.wants_each_token]
+        return [*listening, *ended]
+
+    def _settle_pace(self) -> None:
+        """Give every member its own time of the last token."""
+        for seq in self._pace.seqs:
+            if (member := self._members.get(seq)) is not None:
+                member.last_token = self._pace.time
+        self._pace = _Pace()
 
     def _note_first(self, member: _Member, seq: Sequence, now: float) -> None:
         times = member.stream.times
@@ -368,6 +394,7 @@ class EngineLoop:
             if not stream.sequences:
                 stream.sequences = self.engine.add(stream.prompt_token_ids, stream.params)
                 self._members |= {seq: _Member(stream, index) for index, seq in enumerate(stream.sequences)}
+        self._settle_pace()
         for seq, member in list(self._members.items()):
             self.engine.abort([seq])
             member.stream.put(member.event(seq, **event))

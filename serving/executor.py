@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as ListOf
 from typing import Any
 
 import jax
@@ -17,12 +18,12 @@ from .bucket import Bucket
 from .compiler import Compiler
 from .mailboxes import Mailboxes
 from .outputs import Logprob, TokenLogprobs
-from .pack import Group, Packer, lay_out
+from .pack import Group, Packer, lay_out, move_on
 from .pipeline import Params
 from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
+from .sampler import Sampled
 from .scheduler import Schedule
 from .sequence import Sequence
-from .step_plan import StepOutput
 from .step_products import MAILBOXES
 
 
@@ -30,23 +31,21 @@ from .step_products import MAILBOXES
 class StepFuture:
     """A step on its way: `read` waits for it. `seqs` sample a token each, at `rows` of the output."""
 
-    seqs: list[Sequence]
+    seqs: ListOf[Sequence]
     rows: np.ndarray
     bucket: Bucket
     num_tokens: int
-    output: StepOutput
+    sampled: Sampled
     # (sequence, prompt position of each row, scored rows)
     prompt_scores: list[tuple[Sequence, list[int], Any]]
 
     def read(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
         """A token for each of `seqs`, and log-probabilities for those that asked. Raises what the device raised."""
-        sampled = self.output.sampled
-        all_tokens, rows = np.asarray(sampled.tokens).tolist(), self.rows.tolist()
-        tokens = [all_tokens[row] for row in rows]
+        tokens = np.asarray(self.sampled.tokens)[self.rows].tolist()
         asking = [i for i, seq in enumerate(self.seqs) if seq.params.logprobs is not None] if self.bucket.full else []
         if not asking:
             return tokens, {}
-        host = [np.asarray(part) for part in sampled]
+        host, rows = [np.asarray(part) for part in self.sampled], self.rows.tolist()
         return tokens, {self.seqs[i]: _token_logprobs(host, rows[i], self.seqs[i].params.logprobs or 0) for i in asking}
 
     def read_prompt_logprobs(self) -> Iterable[tuple[Sequence, int, TokenLogprobs]]:
@@ -65,6 +64,18 @@ def _token_logprobs(host: list[np.ndarray], row: int, count: int) -> TokenLogpro
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What goes up, and whose tokens come back: `leaving` comes out of the last pipeline stage, None while they fill,
+    its decodes at `decode_rows` and what it samples at `rows`."""
+
+    bucket: Bucket
+    packed: np.ndarray
+    leaving: Group | None
+    decode_rows: np.ndarray
+    rows: np.ndarray
+
+
 NOTHING = Schedule((), ())
 
 
@@ -77,6 +88,7 @@ class Executor:
         self._packer = Packer(self.plan.page_size, self.plan.num_slots, self.plan.num_partitions)
         # What is at each pipeline stage, the latest to enter first; without stages only what was sent last.
         self._groups: deque[Group | None] = deque([None] * self.plan.stages.count, maxlen=self.plan.stages.count)
+        self._last: _Step | None = None
         self.cache, self.state = self.compiled["allocate"]()
         self._open_mailboxes()
 
@@ -98,6 +110,7 @@ class Executor:
         """Fresh cache and state, after a step that raised may have eaten the donated ones."""
         # The old ones go first: there is no room for two caches.
         _delete((self.cache, self.state))
+        self._last = None
         self._groups.extend([None] * len(self._groups))
         self.cache, self.state = self.compiled["allocate"]()
         self._open_mailboxes()  # devices may have stopped in different calls
@@ -110,36 +123,42 @@ class Executor:
     def dispatch(self, schedule: Schedule) -> StepFuture | None:
         """Send one step; returns before it has run. What is returned comes out of the last stage in this step: without
         stages `schedule` itself, with stages an earlier one, and None where the pipeline was still filling."""
-        self._groups.appendleft(self._packer.group(schedule) if schedule else None)
-        leaving = self._groups[-1]
-        groups = [group for group in self._groups if group]
-        bucket = self.buckets.choose(group.schedule for group in groups)
-        packed = np.empty(self.programs.packed_shape(bucket), np.int32)
-        rows = packed.reshape(len(self._groups), -1)
-        placed = [self._lay_out(bucket, group, row) for group, row in zip(self._groups, rows, strict=True)]
-        sent = self.plan.layout.sent(packed)
+        step = self._last = self._repeat(schedule) or self._pack(schedule)
+        bucket, leaving, sent = step.bucket, step.leaving, self.plan.layout.sent(step.packed)
         self.cache, self.state, output = self.compiled[bucket](self.params, self.cache, self.state, sent)
         if leaving is None:
             return None
+        sampled = output.sampled
         if leaving.full and not bucket.full:
             self.state, sampled = self.compiled["resample", bucket](self.state, sent, output.logits)
-            output = output._replace(sampled=sampled)
-        output = output._replace(logits=None)  # they are large, and nobody's from here on
-        output.sampled.tokens.copy_to_host_async()
-        return self._future(bucket, leaving, *placed[-1], output)
+            bucket = dataclasses.replace(bucket, full=True)
+        # Logits and hidden states are large, and nobody's from here on.
+        scores = list(self._score_prompts(leaving, output.hidden))
+        return StepFuture(leaving.schedule.sampling, step.rows, bucket, leaving.schedule.num_tokens, sampled, scores)
 
-    def _lay_out(self, bucket: Bucket, group: Group | None, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        packing = self.programs.packings[bucket]
-        return lay_out(packing, group or self._packer.group(NOTHING), self.plan.num_partitions, packed)
+    def _repeat(self, schedule: Schedule) -> _Step | None:
+        """The last step moved on, where the same sequences decode and nothing else happens: most steps are such, and a
+        fifth of the work."""
+        step = self._last
+        if step is None or step.leaving is None or self.plan.stages.count > 1:
+            return None
+        before = step.leaving.schedule
+        if schedule.chunks or before.chunks or schedule.decodes is not before.decodes:
+            return None
+        packing, pages = self.programs.packings[step.bucket], self._packer.entered_pages(schedule)
+        packed = move_on(packing, step.packed, step.decode_rows, schedule.decode_rows[1], pages)
+        return _Step(step.bucket, packed, step.leaving, step.decode_rows, step.rows)
 
-    def _future(
-        self, bucket: Bucket, group: Group, decode_rows: np.ndarray, chunk_rows: np.ndarray, output: StepOutput
-    ) -> StepFuture:
-        schedule = group.schedule
-        rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[group.samples]])
-        bucket = dataclasses.replace(bucket, full=bucket.full or group.full)
-        scores = list(self._score_prompts(group, output))
-        return StepFuture(schedule.sampling, rows, bucket, schedule.num_tokens, output, scores)
+    def _pack(self, schedule: Schedule) -> _Step:
+        self._groups.appendleft(self._packer.group(schedule) if schedule else None)
+        bucket = self.buckets.choose(group.schedule for group in self._groups if group)
+        packing, leaving = self.programs.packings[bucket], self._groups[-1]
+        packed = np.empty(self.programs.packed_shape(bucket), np.int32)
+        groups = [group or self._packer.group(NOTHING) for group in self._groups]
+        for group, part in zip(groups, packed.reshape(len(groups), -1), strict=True):
+            decode_rows, chunk_rows = lay_out(packing, group, self.plan.num_partitions, part)
+        rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[groups[-1].samples]])
+        return _Step(bucket, packed, leaving, decode_rows, rows)
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
         """Change a slot's logit bias from the next step on."""
@@ -154,7 +173,7 @@ class Executor:
             placed = [self.plan.layout.put(np.asarray(argument)) for argument in arguments]
             self.state = self.compiled["edit_bias"](self.state, *placed)
 
-    def _score_prompts(self, group: Group, output: StepOutput) -> Iterable[tuple[Sequence, list[int], Any]]:
+    def _score_prompts(self, group: Group, hidden: jax.Array | None) -> Iterable[tuple[Sequence, list[int], Any]]:
         share = self.plan.max_chunk_tokens // self.plan.num_partitions
         for chunk, offset in zip(group.schedule.chunks, group.chunks[1].tolist(), strict=True):
             seq = chunk.seq
@@ -169,7 +188,7 @@ class Executor:
                     rows[0, : len(positions)] = [begin + p for p in positions]
                     rows[1, : len(positions)] = [seq.prompt_token_ids[p] for p in positions]
                     placed = self.plan.layout.put(rows[0]), self.plan.layout.put(rows[1])
-                    yield seq, positions, self.compiled["score"](self.params, output.hidden, *placed)
+                    yield seq, positions, self.compiled["score"](self.params, hidden, *placed)
 
     def release(self) -> None:
         """Give the device memory back."""

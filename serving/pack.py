@@ -48,14 +48,9 @@ class Packer:
         self._full = np.zeros(num_slots, bool)
 
     def group(self, schedule: Schedule) -> Group:
-        seqs, chunks, size = schedule.decodes, schedule.chunks, self.page_size
-        slots = np.array([seq.slot for seq in seqs], np.int32)
-        positions = np.array([seq.num_computed for seq in seqs], np.int32) - 1
-        updates: list[tuple[int, int, int]] = []
-        for row in np.flatnonzero(positions % size == 0).tolist():
-            index = int(positions[row]) // size
-            updates.append((int(slots[row]), index, seqs[row].pages[index]))
-
+        chunks, size = schedule.chunks, self.page_size
+        slots, positions = schedule.decode_rows
+        updates = self.entered_pages(schedule)
         columns, table = [], []
         offsets: dict[int, int] = {}
         for chunk in chunks:
@@ -85,7 +80,7 @@ class Packer:
             full=bool(self._full[slots].any() or self._full[chunk_table[0]].any()),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
             decode_place=_places(slots // self._slots_each),
-            decodes=np.stack([slots, positions]),
+            decodes=schedule.decode_rows,
             token_place=tokens[4:],
             tokens=tokens[:4],
             chunk_place=_places(chunk_table[5]),
@@ -95,6 +90,15 @@ class Packer:
             row_floats=self._floats[:, sampling],
             flags=self._flags[:, sampling].max(axis=1, initial=0),
         )
+
+    def entered_pages(self, schedule: Schedule) -> list[tuple[int, int, int]]:
+        """(slot, index in the page table, page) of each decoding sequence whose token is the first of a page."""
+        slots, positions = schedule.decode_rows
+        updates = []
+        for row in np.flatnonzero(positions % self.page_size == 0).tolist():
+            index = int(positions[row]) // self.page_size
+            updates.append((int(slots[row]), index, schedule.decodes[row].pages[index]))
+        return updates
 
     def _remember(self, seq: Sequence) -> None:
         ints, floats, flags = row_constants(seq)
@@ -109,6 +113,23 @@ def _places(partitions: np.ndarray) -> np.ndarray:
         return np.stack([owner, np.arange(len(owner))])
     first = np.searchsorted(owner, owner)
     return np.stack([owner, np.arange(len(owner)) - first])
+
+
+def move_on(
+    layout: PackedLayout,
+    packed: np.ndarray,
+    decode_rows: np.ndarray,
+    positions: np.ndarray,
+    page_updates: list[tuple[int, int, int]],
+) -> np.ndarray:
+    """`packed` [X] of a step without chunks, as it is when the same sequences are at `positions`."""
+    moved, slices = packed.copy(), layout.slices
+    moved[slices["decode_position"]][decode_rows] = positions
+    moved[slices["row_ints"]].reshape(len(INTS), -1)[_POSITION, decode_rows] = positions + 1
+    moved[slices["page_updates"]] = layout.empty[slices["page_updates"]]
+    if page_updates:
+        moved[slices["page_updates"]].reshape(-1, 3)[: len(page_updates)] = page_updates
+    return moved
 
 
 def lay_out(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 
+from .decoding import Decoding
 from .page_pool import PagePool
 from .sequence import Sequence, SequenceStatus
 
@@ -23,7 +24,7 @@ class Partition:
         self.index, self.pool, self.num_slots = index, pool, num_slots
         self.running: list[Sequence] = []
         self.prefilling: list[Sequence] = []
-        self.decoding: list[Sequence] = []
+        self.decoding = Decoding(num_slots)
         self.free_slots = self._all_slots()
 
     def _all_slots(self) -> list[int]:
@@ -41,22 +42,24 @@ class Partition:
         _insert(self.running, seq)
         _insert(self.prefilling, seq)
 
-    def start_decoding(self, seq: Sequence) -> None:
-        """Its last known token is in the step; it samples on unless that was all it may."""
+    def start_decoding(self, seq: Sequence, ready: int) -> None:
+        """Its last known token is in the step; from tick `ready` on it samples more, unless that was all it may."""
         self.prefilling.remove(seq)
         if not seq.is_complete:
-            _insert(self.decoding, seq)
+            self.decoding.add(seq, page_size=self.pool.page_size, ready=ready)
 
     def release(self, seq: Sequence) -> None:
         """Take pages back now, and the slot once nothing of the sequence is in flight: a step on its way still samples
         by the slot's state."""
         self.running.remove(seq)
-        for some in (self.prefilling, self.decoding):
-            if seq in some:
-                some.remove(seq)
+        if seq.decoding is not None:
+            self.decoding.remove(seq)
+        elif seq in self.prefilling:
+            self.prefilling.remove(seq)
         self.pool.free(reversed(seq.pages))
         seq.pages = []
-        if not seq.in_flight:
+        seq.left_in_flight = seq.in_flight
+        if not seq.left_in_flight:
             self.release_slot(seq)
 
     def release_slot(self, seq: Sequence) -> None:

@@ -77,7 +77,7 @@ class Programs:
         fn = bind(step, self.plan, self.packings[bucket])
         hidden: Any = self._hidden(bucket)
         logits: Any = None if bucket.full else self._logits
-        outputs = StepOutput(self._sampled, hidden, logits)
+        outputs = StepOutput(self._sampled(full=bucket.full), hidden, logits)
         jitted = jax.jit(fn, donate_argnums=(1, 2), out_shardings=(*self._kept, outputs))
         with self._precision:
             return jitted.lower(self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket)))
@@ -131,10 +131,11 @@ class Programs:
     def _kept(self) -> tuple[Any, Any]:
         return jax.tree.map(lambda x: x.sharding, (self.cache, self.state))
 
-    @property
-    def _sampled(self) -> Sampled:
-        everywhere: list[Any] = [self._everywhere] * len(Sampled._fields)
-        return Sampled(*everywhere)
+    def _sampled(self, *, full: bool) -> Sampled:
+        """In the host's memory, for these alone outlive their step: were they on the device, XLA's allocator would find
+        other holes at every step, and a command buffer (CUDA graph) is written anew wherever an address in it moved."""
+        in_host: Any = self._everywhere.with_memory_kind("pinned_host")
+        return Sampled(*[in_host] * len(Sampled._fields)) if full else Sampled(in_host)
 
     @property
     def _logits(self) -> NamedSharding:
@@ -153,7 +154,7 @@ class Programs:
         shape = (bucket.rows, self.plan.dims.vocab)
         logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._logits)
         fn = bind(resample, self.plan, self.packings[bucket])
-        jitted = jax.jit(fn, donate_argnums=0, out_shardings=(self._kept[1], self._sampled))
+        jitted = jax.jit(fn, donate_argnums=0, out_shardings=(self._kept[1], self._sampled(full=True)))
         with self._precision:
             return jitted.lower(self.state, self._ints(*self.packed_shape(bucket)), logits)
 
@@ -168,7 +169,7 @@ class Programs:
         if plan.stages.count > 1:
             shape = (plan.stages.count, *shape)
         hidden = jax.ShapeDtypeStruct(shape, jnp.dtype(plan.dtype), sharding=self._hidden(largest))
-        jitted = jax.jit(bind(score_rows, plan), out_shardings=self._everywhere)
+        jitted = jax.jit(bind(score_rows, plan), out_shardings=self._sampled(full=True))
         with self._precision:
             return jitted.lower(self.params, hidden, self._ints(SCORE_ROWS), self._ints(SCORE_ROWS))
 

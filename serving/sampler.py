@@ -30,14 +30,14 @@ class SamplerState(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Per row: the token [R], its log-probability and rank [R], and the most likely tokens [R M] (all from the raw
-    logits, before bias, penalties and temperature)."""
+    """Per row: the token [R], and unless they were compiled out its log-probability and rank [R], and the most likely
+    tokens [R M] (all from the raw logits, before bias, penalties and temperature)."""
 
     tokens: jax.Array
-    logprob: jax.Array
-    rank: jax.Array
-    top_logprobs: jax.Array
-    top_ids: jax.Array
+    logprob: jax.Array | None = None
+    rank: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+    top_ids: jax.Array | None = None
 
 
 def compiled_flags(flags: Int[Array, " F"], *, full: bool, branches: bool) -> dict[str, When]:
@@ -63,6 +63,8 @@ def sample(
         return _choose(scaled, rows.temperature > 0, _uniforms(rows))
 
     tokens = _when(flags["random"], drawn, greedy)
+    if flags["logprobs"] is False:
+        return Sampled(tokens)
     num_rows = tokens.shape[0]
     nothing = Sampled(
         tokens,

@@ -7,6 +7,8 @@ import heapq
 from collections import deque
 from collections.abc import Sequence as Many
 
+import numpy as np
+
 from .page_pool import PagePool
 from .partition import Partition
 from .sequence import Sequence, SequenceStatus
@@ -40,10 +42,15 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """One step: a token for each decoding sequence, and chunks of others; both partition by partition."""
+    """One step: a token for each decoding sequence, and chunks of others; both partition by partition.
+
+    `decode_rows` [2 B] has slot and position of each `decodes`. While the same sequences decode, `decodes` is the same
+    object.
+    """
 
     decodes: tuple[Sequence, ...]
     chunks: tuple[Chunk, ...]
+    decode_rows: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((2, 0), np.int32), compare=False)
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -54,9 +61,9 @@ class Schedule:
         return len(self.decodes) + self.num_chunk_tokens
 
     @property
-    def sampling(self) -> list[Sequence]:
+    def sampling(self) -> tuple[Sequence, ...]:
         """The sequences that this step samples a token for, in order."""
-        return [*self.decodes, *(chunk.seq for chunk in self.chunks if chunk.samples)]
+        return self.decodes + tuple([chunk.seq for chunk in self.chunks if chunk.samples])
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -124,7 +131,7 @@ class Scheduler:
         decodes = [self._decode(part) for part in self.partitions]
         budgets = [
             self._chunk_budget(left, whole, len(taken))
-            for (left, whole), taken in zip(self._prompts(), decodes, strict=True)
+            for (left, whole), (taken, _) in zip(self._prompts(), decodes, strict=True)
         ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
         chunks: list[list[Chunk]] = [[] for _ in self.partitions]
@@ -147,30 +154,33 @@ class Scheduler:
             seq = chunk.seq
             seq.num_computed += chunk.length
             if chunk.samples:
-                seq.in_flight += 1
-                seq.ready_tick = self._tick + self.num_stages
-                self.partitions[seq.partition].start_decoding(seq)
-        return Schedule(
-            tuple(seq for taken in decodes for seq in taken), tuple(chunk for mine in chunks for chunk in mine)
-        )
+                self.partitions[seq.partition].start_decoding(seq, self._tick + self.num_stages)
+        found = tuple(chunk for mine in chunks for chunk in mine)
+        if len(decodes) == 1:
+            return Schedule(decodes[0][0], found, decodes[0][1])
+        rows = np.concatenate([rows for _, rows in decodes], axis=1)
+        return Schedule(tuple(seq for taken, _ in decodes for seq in taken), found, rows)
 
-    def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[list[Sequence], list[Sequence]]:
-        """A sampled token of each was read. Returns the sequences that took theirs, for one that has ended meanwhile
-        has no use for it, and those among them for which it is the last."""
-        landed, last = [], []
+    def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[Many[Sequence], list[Sequence]]:
+        """A sampled token of each was read. Returns the sequences that took theirs (`seqs` itself where all did), for
+        one that has ended meanwhile has no use for it, and those among them for which it is the last."""
+        running, last, ended = SequenceStatus.RUNNING, [], []
         for seq, token in zip(seqs, tokens, strict=True):
-            seq.in_flight -= 1
-            if seq.status is not SequenceStatus.RUNNING:
-                if not seq.in_flight and seq.slot >= 0:
-                    self.partitions[seq.partition].release_slot(seq)
-                if seq.status is SequenceStatus.FINISHED:
-                    continue
+            if seq.status is not running and self._land_late(seq):
+                ended.append(seq)
+                continue
             output = seq.output_token_ids
             output.append(token)
-            landed.append(seq)
             if token in seq.stop_token_ids or len(output) >= seq.max_tokens:
                 last.append(seq)
-        return landed, last
+        return [seq for seq in seqs if seq not in ended] if ended else seqs, last
+
+    def _land_late(self, seq: Sequence) -> bool:
+        """Whether a sequence that stopped running before its token came has ended."""
+        seq.left_in_flight -= 1
+        if not seq.left_in_flight and seq.slot >= 0:
+            self.partitions[seq.partition].release_slot(seq)
+        return seq.status is SequenceStatus.FINISHED
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """Release everything `seq` holds, whatever it was doing. Its steps in flight write to pages that only later
@@ -187,10 +197,9 @@ class Scheduler:
     def restart(self) -> None:
         """Send everything that runs back to the queue, in order: the cache and the tokens in flight are lost."""
         for seq in reversed(self.running):
-            seq.in_flight = 0
             self._preempt(seq)
         for seq in self.waiting:
-            seq.in_flight = 0
+            seq.left_in_flight, seq.slot = 0, -1
         for part in self.partitions:
             part.reset_slots()
 
@@ -199,29 +208,15 @@ class Scheduler:
         for part in self.partitions:
             part.check_whole()
 
-    def _decode(self, part: Partition) -> list[Sequence]:
-        """The decoding sequences that take part in this tick, with room for their next token."""
-        page_size, tick = part.pool.page_size, self._tick
-        limit = min(-(-len(part.decoding) // self.num_stages), self.max_num_batched_tokens)
-        taken: list[Sequence] = []
-        complete: list[Sequence] = []
-        for seq in list(part.decoding) if limit else ():
-            if seq.ready_tick > tick or seq.status is not SequenceStatus.RUNNING:
-                continue
-            computed = seq.num_computed + 1
-            if computed > len(seq.pages) * page_size and not self._grow(part, seq):
-                continue  # it gave way itself
-            seq.num_computed = computed
-            seq.in_flight += 1
-            seq.ready_tick = tick + self.num_stages
-            taken.append(seq)
-            if computed >= seq.last_computed:
-                complete.append(seq)
-            if len(taken) == limit:
-                break
-        for seq in complete:
-            part.decoding.remove(seq)
-        return taken
+    def _decode(self, part: Partition) -> tuple[tuple[Sequence, ...], np.ndarray]:
+        """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
+        decoding = part.decoding
+        due = decoding.due(self._tick, min(-(-len(decoding) // self.num_stages), self.max_num_batched_tokens))
+        for index in decoding.short(due):
+            # Who gives way is the last: the indices of the others stay.
+            if index < len(decoding) and self._grow(part, decoding[index]):
+                decoding.add_room(index, part.pool.page_size)
+        return decoding.advance(due, self._tick + self.num_stages)
 
     def _prompts(self) -> list[tuple[int, int]]:
         """Prompt tokens that each partition could take now, and the whole of the prompts that they belong to: of those

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 
+from .decoding import Decoding
 from .sampling_params import SamplingParams
 
 
@@ -20,7 +21,7 @@ class Sequence:
     """A prompt and what was generated after it; `n` of them make a request.
 
     Counters are in tokens. `num_computed` runs ahead of what the host has read: a sampled token that is still on the
-    device counts as `in_flight`, and a step over it may already have been sent.
+    device counts as `in_flight`, and a step over it may already have been sent. While it decodes, `decoding` counts.
     """
 
     seq_id: int
@@ -35,17 +36,31 @@ class Sequence:
     # How often it was given a slot: what was sent under an earlier one is stale.
     num_admissions: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
-    num_computed: int = 0
-    in_flight: int = 0
-    # Which of the engine's partitions holds its slot and pages, and the first tick at which its next token may run.
+    decoding: Decoding | None = None
+    computed_before: int = 0
+    # What was in flight when it stopped running, and has not come since.
+    left_in_flight: int = 0
+    # Which of the engine's partitions holds its slot and pages.
     partition: int = 0
-    ready_tick: int = 0
     finish_reason: str | None = None
     stop_reason: int | None = None
     # Prompt positions whose log-probabilities were already handed out; survives preemption.
     num_prompt_scored: int = 0
-    # The slot's bias row keeps the stop tokens from being sampled, until min_tokens are there.
-    stops_banned: bool = False
+
+    @property
+    def num_computed(self) -> int:
+        return self.computed_before if self.decoding is None else self.decoding.num_computed(self)
+
+    @num_computed.setter
+    def num_computed(self, count: int) -> None:
+        self.computed_before = count
+
+    @property
+    def in_flight(self) -> int:
+        if self.status is not SequenceStatus.RUNNING:
+            return self.left_in_flight
+        # A token is sampled as soon as all known ones are computed.
+        return max(0, self.num_computed + 1 - self.num_prompt - len(self.output_token_ids))
 
     @functools.cached_property
     def last_computed(self) -> int:

@@ -47,12 +47,14 @@ def _pad(x: jax.Array, rows: int) -> jax.Array:
 
 
 def _to_words(sampled: Sampled) -> jax.Array:
-    """All fields side by side as int32 [R 3+2M], so that they travel together."""
-    columns = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in sampled]
+    """All fields that there are side by side as int32 [R 1] or [R 3+2M], so that they travel together."""
+    columns = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in jax.tree.leaves(sampled)]
     return jnp.concatenate([x.reshape(x.shape[0], -1) for x in columns], axis=1)
 
 
 def _from_words(words: jax.Array) -> Sampled:
+    if words.shape[1] == 1:
+        return Sampled(words[:, 0])
     floats = jax.lax.bitcast_convert_type(words, jnp.float32)
     count = (words.shape[1] - 3) // 2
     return Sampled(words[:, 0], floats[:, 1], words[:, 2], floats[:, 3 : 3 + count], words[:, 3 + count :])

@@ -91,8 +91,9 @@ def digest_of(result: StepResult, before: int = 0) -> int:
     Not Python's `hash`, which other versions of Python compute otherwise.
     """
     words = array.array("q")
+    words.extend(result.schedule.decode_rows.ravel().tolist())
     for seq in result.schedule.decodes:
-        words.extend((seq.seq_id, seq.slot, seq.num_computed, seq.pages[-1] if seq.pages else -1))
+        words.extend((seq.seq_id, seq.pages[-1] if seq.pages else -1))
     for chunk in result.schedule.chunks:
         words.extend((chunk.seq.seq_id, chunk.start, chunk.length, chunk.samples))
         words.extend(chunk.seq.pages)

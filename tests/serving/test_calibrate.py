@@ -179,9 +179,10 @@ def test_the_replayed_step_is_the_one_that_the_engine_would_send(monkeypatch: py
 
         replay.decode(3, 100)
         (bucket,) = (bucket for bucket in replay.programs.buckets.all() if bucket.decodes == 3)
-        seqs = tuple(Sequence(i, [1], SamplingParams(), 0, 9, frozenset(), slot=i, num_computed=100) for i in range(3))
+        seqs = tuple(Sequence(i, [1], SamplingParams(), 0, 9, frozenset(), slot=i) for i in range(3))
+        rows = np.array([range(3), [99] * 3], np.int32)
         packed = np.zeros_like(replay.programs.packings[bucket].empty)
-        lay_out(replay.programs.packings[bucket], packer.group(Schedule(seqs, ())), 1, packed)
+        lay_out(replay.programs.packings[bucket], packer.group(Schedule(seqs, (), rows)), 1, packed)
         np.testing.assert_array_equal(np.array(seen["given"]), packed)
         # Every sequence has pages of its own, none of them the scratch page.
         table = np.array(replay.executor.state.page_table)[:, :2]

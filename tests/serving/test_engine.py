@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from paddock.model import LlamaConfig, forward
 from paddock.serving import LLM, SamplingParams
 from paddock.serving.engine import Engine
 from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
-from paddock.serving.executor import StepFuture
+from paddock.serving.executor import Executor, StepFuture
 from paddock.serving.page_pool import PagePool
+from paddock.serving.sampler import Sampled
 from paddock.serving.scheduler import Schedule, Scheduler
 from paddock.sharding import Layout
 
@@ -283,6 +285,22 @@ def test_metrics_tell_what_happened(llm: LLM) -> None:
     assert value("paddock:step_compilations_total") > compilations
 
 
+def test_the_times_between_tokens_add_up(llm: LLM) -> None:
+    """Whether the same sequences go on or one ends, and although nobody follows them token by token."""
+
+    def between() -> tuple[float, float]:
+        histogram = llm.engine.replicas[0].metrics._itl
+        return sum(histogram.counts), histogram.sum
+
+    (count, seconds), lengths = between(), (4, 9, 9, 20)
+    prompts = prompts_of([5, 6, 7, 8], llm.engine.vocab_size)
+    params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    times = [output.times for output in outputs]
+    assert between()[0] - count == sum(lengths) - len(lengths)
+    assert between()[1] - seconds == pytest.approx(sum(t.last_token - t.first_token for t in times), rel=1e-6)
+
+
 def test_the_next_step_is_sent_before_the_last_is_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     read, dispatch = StepFuture.read, llm.engine.replicas[0].executor.dispatch
@@ -299,6 +317,34 @@ def test_the_next_step_is_sent_before_the_last_is_read(llm: LLM, monkeypatch: py
     monkeypatch.setattr(StepFuture, "read", reading)
     llm.generate({"prompt_token_ids": [1, 2, 3]}, greedy(5), use_tqdm=False)
     assert calls == ["send", *["send", "read"] * 4, "read"], "five tokens, five steps, none computed in vain"
+
+
+def test_only_what_is_in_the_hosts_memory_outlives_its_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the device's allocator has other holes at each step, and CUDA graphs are written anew for the addresses."""
+    futures = []
+    read = StepFuture.read
+    monkeypatch.setattr(StepFuture, "read", lambda future: futures.append(future) or read(future))
+    llm.generate(prompts_of([9], llm.engine.vocab_size), greedy(4, prompt_logprobs=1), use_tqdm=False)
+    kept = jax.tree.leaves([(future.sampled, [scored for *_, scored in future.prompt_scores]) for future in futures])
+    assert len(kept) > len(futures) * len(Sampled._fields)
+    assert {array.sharding.memory_kind for array in kept} == {"pinned_host"}
+    held = (value for future in futures for value in vars(future).values())
+    assert not [value for value in held if isinstance(value, jax.Array)], "all that a future holds was looked at"
+
+
+def test_a_step_moved_on_is_what_laying_it_out_anew_would_be(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    repeat, moved = Executor._repeat, []
+
+    def compared(executor: Executor, schedule: Schedule) -> Any:
+        step = repeat(executor, schedule)
+        if step is not None:
+            np.testing.assert_array_equal(step.packed, executor._pack(schedule).packed)
+            moved.append(schedule)
+        return step
+
+    monkeypatch.setattr(Executor, "_repeat", compared)
+    llm.generate(prompts_of([5, 9], llm.engine.vocab_size), greedy(12), use_tqdm=False)
+    assert len(moved) > 8, "over several pages of four tokens"
 
 
 def test_a_reset_frees_the_old_cache_first(llm: LLM) -> None:

@@ -164,6 +164,9 @@ def test_random_traffic_leaks_nothing_and_is_deterministic(partitions: int, stag
                 assert not set(slots).intersection(part.free_slots)
                 assert {slot // part.num_slots for slot in slots} <= {part.index}
             pending.append(schedule)
+            assert schedule.decode_rows.T.tolist() == [[seq.slot, seq.num_computed - 1] for seq in schedule.decodes]
+            for seq in alive:
+                assert seq.in_flight == sum(seq in step.sampling for step in pending)
             read([pending.popleft()], scheduler)
             tick += 1
             history.append(
@@ -178,6 +181,20 @@ def test_random_traffic_leaks_nothing_and_is_deterministic(partitions: int, stag
         return history
 
     assert run() == run()
+
+
+def test_the_sequences_that_go_on_are_the_same_object() -> None:
+    """Until one joins or leaves: what follows from them alone is then made once."""
+    scheduler = make(num_pages=100, seqs=2, tokens=16)
+    scheduler.add(sequence(0, 4, max_tokens=30))
+    read([scheduler.schedule()], scheduler)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first.decodes is second.decodes
+    assert (second.decode_rows - first.decode_rows).tolist() == [[0], [1]]
+    scheduler.add(sequence(1, 4))
+    third, fourth = scheduler.schedule(), scheduler.schedule()
+    assert third.decodes is first.decodes, "the other is still a prompt"
+    assert [seq.seq_id for seq in fourth.decodes] == [0, 1]
 
 
 def test_decoding_sequences_spread_over_the_ticks_of_a_pipeline() -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import pytest
+from engines import tiny_llm
 
+from paddock.serving.bench_profile import decode_bucket, record_as_usual
+from paddock.serving.bench_workload import Job
 from paddock.serving.cli import main
+from paddock.serving.programs import Programs
 from paddock.serving.step_parts import OTHER, PARTS, RESIDUAL, UNATTRIBUTED, part_of_instruction, parts_of
 from paddock.serving.step_trace import Kernel, StepTrace, covered
 
@@ -90,6 +95,25 @@ def test_idle_share_and_the_longest_gaps() -> None:
     assert trace.idle_share() == pytest.approx(0.3, abs=0.05)
     assert [gap[1:] for gap in trace.gaps(7)][:5] == [("c", "a")] * 5
     assert trace.gaps(1)[0][0] == pytest.approx(20e-9)
+
+
+def test_a_profile_with_graphs_has_a_program_of_its_own(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: order.append("start") or start(*a, **k))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: order.append("stop") or stop())
+    with tiny_llm(golden / "gqa") as llm:
+        compiled = llm.engine.replicas[0].executor.compiled
+        bucket = decode_bucket(llm.engine, 1)
+        usual = compiled[bucket]
+        fresh = lambda *arguments: order.append("step") or usual(*arguments)
+        monkeypatch.setattr(Programs, "compile_step", lambda *_: fresh)
+        record_as_usual(llm.engine, [Job(4, 24)], [[1, 2, 3, 4]], tmp_path)
+        assert order[:2] == ["start", "step"]
+        assert len(order) - order.index("stop") <= 2, "one more at most, which was about to be sent"
+        assert compiled[bucket] is usual
 
 
 def test_bench_latency_profiles_a_step(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
