@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,23 +65,18 @@ def profile(engine: Front, jobs: Sequence[Job], seed: int, folder: Path) -> dict
 def record_as_usual(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], folder: Path) -> None:
     """`record`, with command buffers.
 
-    A CUDA graph must not outlive the start or the end of a profile (CUDA_ERROR_LAUNCH_FAILED, JAX 0.11.2, H100), so the
-    step's program is a new one, which runs in the profile alone.
+    The step's program has its results on the device meanwhile: a CUDA graph that copies into the host's memory failed
+    under the profiler in all three tries (CUDA_ERROR_LAUNCH_FAILED, JAX 0.11.2, H100), others in one of some thirty.
     """
     from .step_trace import record
 
     executor, bucket = engine.replicas[0].executor, decode_bucket(engine, len(jobs))
-    usual, fresh = executor.compiled[bucket], executor.programs.compile_step(bucket, AS_USUAL)
-
-    @contextlib.contextmanager
-    def as_usual() -> Iterator[None]:
-        executor.compiled[bucket] = fresh
-        try:
-            yield
-        finally:
-            executor.compiled[bucket] = usual
-
-    record(engine, jobs, prompts, folder, within=as_usual())
+    usual, on_device = executor.compiled[bucket], dataclasses.replace(executor.programs, results_in="device")
+    executor.compiled[bucket] = on_device.compile_step(bucket, AS_USUAL)
+    try:
+        record(engine, jobs, prompts, folder)
+    finally:
+        executor.compiled[bucket] = usual
 
 
 def decode_bucket(engine: Front, batch: int) -> Bucket:

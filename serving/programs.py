@@ -31,8 +31,8 @@ CUBLAS_ROWS = 32
 # for steps that take as long without (H100, 8B shape, ms: 5.96 with and 6.04 without at 32 rows, 7.91 and 7.93 at 256,
 # 8.42 and 8.39 for a chunk of 256), and whose kernels, and with them roundings, may differ from start to start.
 GPU_OPTIONS: Mapping[str, Any] = {"xla_gpu_experimental_enable_fusion_autotuner": False}
-# None: a graph starts when all of it has been updated, kernels one by one as soon as the first is launched, and those of
-# a chunk run longer than launching the next ones takes.
+# None: a graph starts when all of it has been updated, kernels without one as soon as the first is launched; and those of
+# a chunk run for longer than it takes to launch the next ones.
 CHUNK_COMMAND_BUFFERS = ""
 # Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
 SCORE_ROWS = 32
@@ -46,6 +46,8 @@ class Programs:
     plan: StepPlan
     buckets: BucketTable
     num_pages: int
+    # Of what outlives a step (see `_sampled`): a memory kind of JAX.
+    results_in: str = "pinned_host"
 
     @functools.cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -139,8 +141,8 @@ class Programs:
     def _sampled(self, *, full: bool) -> Sampled:
         """In the host's memory, for these alone outlive their step: were they on the device, XLA's allocator would find
         other holes at every step, and a command buffer (CUDA graph) is written anew wherever an address in it moved."""
-        in_host: Any = self._everywhere.with_memory_kind("pinned_host")
-        return Sampled(*[in_host] * len(Sampled._fields)) if full else Sampled(in_host)
+        placed: Any = self._everywhere.with_memory_kind(self.results_in)
+        return Sampled(*[placed] * len(Sampled._fields)) if full else Sampled(placed)
 
     @property
     def _logits(self) -> NamedSharding:

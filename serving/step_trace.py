@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import statistics
@@ -39,16 +38,9 @@ class Kernel:
     busy_ns: float
 
 
-def record(
-    engine: Front,
-    jobs: Sequence[Job],
-    prompts: Sequence[list[int]],
-    folder: Path,
-    *,
-    within: contextlib.AbstractContextManager[object] | None = None,
-) -> None:
-    """Run `jobs` with a profile of STEPS decode steps, without Python's frames, written to `folder`; `within` is
-    entered and left while it is on. Raises ValueError when the outputs are too short for it."""
+def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], folder: Path) -> None:
+    """Run `jobs` with a profile of STEPS decode steps, without Python's frames, written to `folder`. Raises ValueError
+    when the outputs are too short for it."""
     least = min(job.output_len for job in jobs)
     if least < 2 * SETTLE:
         raise ValueError(f"a profile needs outputs of {2 * SETTLE} tokens and more, got {least}")
@@ -74,8 +66,7 @@ def record(
     options.host_tracer_level = 2 if jax.default_backend() == "cpu" else 1
     options.enable_hlo_proto = False  # tens of megabytes; our table has its own way from instructions to scopes
     jax.profiler.start_trace(folder, profiler_options=options)
-    with within or contextlib.nullcontext():
-        ending.wait()
+    ending.wait()
     jax.profiler.stop_trace()
     for stream in streams:
         for _ in stream:
