@@ -10,7 +10,6 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
-from collections.abc import Sequence as ListOf
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax
 from .engine import Engine, StepResult
 from .engine_config import EngineConfig
 from .errors import EngineBusy, EngineDead
+from .members import Members
 from .metrics import Metrics
 from .outputs import RequestTimes, TokenLogprobs
 from .peers import Peers
@@ -32,34 +32,6 @@ logger = logging.getLogger("paddock")
 STALL_SECONDS = 120.0
 # How long `shutdown` waits for the step that runs.
 JOIN_SECONDS = 15.0
-
-
-@dataclasses.dataclass
-class _Member:
-    """Whose sequence it is: output `index` of `stream`; how many of its tokens were told there, and when the last came
-    (monotonic seconds; what `_Pace` has is newer)."""
-
-    stream: RequestStream
-    index: int
-    num_told: int = 0
-    last_token: float | None = None
-
-    def event(self, seq: Sequence, **rest: Any) -> TokenEvent:
-        """All that is new of `seq`, with the `rest` of an event."""
-        new = seq.output_token_ids[self.num_told :]
-        self.num_told += len(new)
-        self.stream.times.last_token = self.last_token
-        return TokenEvent(self.index, new, **rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pace:
-    """The sequences that took a token in the last step, when that was, and those that hear of each. While they stay
-    the same ones, as they mostly do, a step need not look at every member."""
-
-    seqs: ListOf[Sequence] = ()
-    time: float = 0.0
-    listening: tuple[tuple[Sequence, _Member], ...] = ()
 
 
 @dataclasses.dataclass
@@ -111,8 +83,7 @@ class EngineLoop:
         self.engine, self._release = engine, release
         self._lockstep = Lockstep(engine, alone=self._peers.is_alone)
         self._inbox: queue.SimpleQueue[Callable[[_Wishes], None] | None] = queue.SimpleQueue()
-        self._members: dict[Sequence, _Member] = {}
-        self._pace = _Pace()
+        self._members = Members()
         # Sequences left of each request, from `submit` on.
         self._unfinished: dict[RequestStream, int] = {}
         self._accepting, self._stopping = True, False
@@ -273,9 +244,9 @@ class EngineLoop:
         self._peers.tell(turn)
         for stream, sequences in zip(wishes.admitted, self._lockstep.take(turn), strict=True):
             stream.sequences = sequences
-            self._members |= {seq: _Member(stream, index) for index, seq in enumerate(sequences)}
+            self._members.join(stream)
         if ending:
-            self._settle_pace()
+            self._members.settle()
         for stream, index, reason, _ in ending:
             seq = stream.sequences[index]
             if (member := self._members.get(seq)) is not None:
@@ -291,8 +262,7 @@ class EngineLoop:
             member = self._members.get(chunk.seq)
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
-        for seq, member in self._note_tokens(result, now):
-            member.last_token = now
+        for seq, member in self._members.note_tokens(result, now, self.metrics):
             event = member.event(
                 seq,
                 logprobs=result.logprobs.get(seq),
@@ -315,43 +285,6 @@ class EngineLoop:
             for lost in (seq, *others):
                 self._forget(lost, "error")
         self._report_step(result, seconds)
-
-    def _note_tokens(self, result: StepResult, now: float) -> list[tuple[Sequence, _Member]]:
-        """Before anybody hears of the tokens: who has the last one may look at the metrics at once.
-
-        Returns those that must hear of theirs now.
-        """
-        members, advanced, pace = self._members, result.advanced, self._pace
-        if advanced is pace.seqs:
-            since, listening = {pace.time: len(advanced)} if advanced else {}, pace.listening
-        else:
-            self._settle_pace()
-            since = {}
-            for seq in advanced:
-                member = members[seq]
-                if member.last_token is None:
-                    self._note_first(member, seq, now)
-                else:
-                    since[member.last_token] = since.get(member.last_token, 0) + 1
-            listening = tuple([(seq, members[seq]) for seq in advanced if members[seq].stream.wants_each_token])
-        self._pace = _Pace(advanced, now, listening)
-        self.metrics.on_tokens(len(advanced), {now - last: count for last, count in since.items()})
-        ended = [(seq, members[seq]) for seq in result.ended if not members[seq].stream.wants_each_token]
-        return [*listening, *ended]
-
-    def _settle_pace(self) -> None:
-        """Give every member its own time of the last token."""
-        for seq in self._pace.seqs:
-            if (member := self._members.get(seq)) is not None:
-                member.last_token = self._pace.time
-        self._pace = _Pace()
-
-    def _note_first(self, member: _Member, seq: Sequence, now: float) -> None:
-        times = member.stream.times
-        if times.first_token is None:
-            times.first_token = now
-            self.metrics.on_first_token(now - times.arrival)
-            self.metrics.on_prompt(seq.num_prompt)
 
     def _forget(self, seq: Sequence, reason: str) -> None:
         member = self._members.pop(seq, None)
@@ -393,8 +326,8 @@ class EngineLoop:
         for stream in list(self._unfinished):
             if not stream.sequences:
                 stream.sequences = self.engine.add(stream.prompt_token_ids, stream.params)
-                self._members |= {seq: _Member(stream, index) for index, seq in enumerate(stream.sequences)}
-        self._settle_pace()
+                self._members.join(stream)
+        self._members.settle()
         for seq, member in list(self._members.items()):
             self.engine.abort([seq])
             member.stream.put(member.event(seq, **event))

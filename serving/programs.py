@@ -31,9 +31,9 @@ CUBLAS_ROWS = 32
 # for steps that take as long without (H100, 8B shape, ms: 5.96 with and 6.04 without at 32 rows, 7.91 and 7.93 at 256,
 # 8.42 and 8.39 for a chunk of 256), and whose kernels, and with them roundings, may differ from start to start.
 GPU_OPTIONS: Mapping[str, Any] = {"xla_gpu_experimental_enable_fusion_autotuner": False}
-# None: a graph starts when all of it has been updated, kernels without one as soon as the first is launched; and those of
-# a chunk run for longer than it takes to launch the next ones.
-CHUNK_COMMAND_BUFFERS = ""
+# A graph starts when all of it has been updated, kernels without one as soon as the first is launched; and those of a
+# chunk run for longer than launching the next ones takes. 1.3 ms less to the first token after 128 (H100).
+CHUNK_OPTIONS: Mapping[str, Any] = {"xla_gpu_enable_command_buffer": ""}
 # Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
 SCORE_ROWS = 32
 BIAS_ENTRIES = 512
@@ -103,7 +103,7 @@ class Programs:
         if options and bucket.decodes + bucket.chunk_tokens >= CUBLAS_ROWS:
             options["xla_gpu_enable_triton_gemm"] = False
         if options and bucket.chunk_tokens:
-            options["xla_gpu_enable_command_buffer"] = CHUNK_COMMAND_BUFFERS
+            options |= CHUNK_OPTIONS
         return Job(functools.partial(self.lower, bucket), options)
 
     def compile_allocate(self) -> jax.stages.Compiled:
