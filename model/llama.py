@@ -124,23 +124,47 @@ class LayerStack(nnx.Module):
         rope_length: int | None = None,
     ) -> Float[Array, "T D"]:
         """The residual stream after the layers. `rope_length`: see `cos_sin`."""
+        return self.finish(self.before_last_mlp(x, positions, attend, rope_length=rope_length))
+
+    def before_last_mlp(
+        self,
+        x: Float[Array, "T D"],
+        positions: Int[Array, " T"],
+        attend: Attend,
+        *,
+        rope_length: int | None = None,
+    ) -> Float[Array, "T D"]:
+        """The residual stream but for the last layer's MLP. Nothing mixes rows from there on, so that `finish` may be
+        left to the rows that somebody reads."""
         cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
         x = self.placed.residual(x)
         normed: jax.Array | None = None  # of x, where what came before made it too
         for index, layer in enumerate(self.layers):
-            following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else None
+            following = self.layers[index + 1] if index + 1 < len(self.layers) else None
             with jax.named_scope(f"layer{index}"):
                 with jax.named_scope("attention"):
                     normed = layer.attention_norm(x) if normed is None else normed
                     mixed = layer.attention(normed, cos, sin, lambda *qkv, i=index: attend(i, *qkv), self.products)
                     with jax.named_scope("out"):
-                        x, normed = self._leave(x, mixed, *layer.attention.leaving, layer.mlp_norm)
-                with jax.named_scope("mlp"):
-                    normed = layer.mlp_norm(x) if normed is None else normed
-                    hidden = layer.mlp(normed, self.products)
-                    with jax.named_scope("down"):
-                        x, normed = self._leave(x, hidden, *layer.mlp.leaving, following)
+                        norm = None if following is None else layer.mlp_norm
+                        x, normed = self._leave(x, mixed, *layer.attention.leaving, norm)
+                if following is not None:
+                    x, normed = self._mlp(layer, x, normed, following.attention_norm)
         return x
+
+    def finish(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The last MLP, for the rows of `before_last_mlp` or some of them."""
+        with jax.named_scope(f"layer{len(self.layers) - 1}"):
+            return self._mlp(self.layers[-1], self.placed.residual(x), None, None)[0]
+
+    def _mlp(
+        self, layer: Layer, x: jax.Array, normed: jax.Array | None, norm: RMSNorm | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        with jax.named_scope("mlp"):
+            normed = layer.mlp_norm(x) if normed is None else normed
+            hidden = layer.mlp(normed, self.products)
+            with jax.named_scope("down"):
+                return self._leave(x, hidden, *layer.mlp.leaving, norm)
 
     def _leave(
         self, x: jax.Array, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, norm: RMSNorm | None

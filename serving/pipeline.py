@@ -36,16 +36,19 @@ def run_layers(
 ) -> tuple[KVCache, jax.Array | None, Float[Array, "R D"], jax.Array]:
     """Take the entering rows `x` through the layers, or one stage further.
 
-    Returns the cache, the rows between stages, the rows that sample [R D], and those of all U chunk tokens [U D] of the
-    group that comes out (over stages [stages U D], of which the last is that group's).
+    Returns the cache, the rows between stages, the rows that sample [R D], and for `finish_rows` those of all U chunk
+    tokens [U D] of the group that comes out (over stages [stages U D], of which the last is that group's).
     """
     layers = {name: value for name, value in params.items() if name.startswith(LAYERS)}
     if between_stages is None:
         inputs = packing.unpack(packed)
         attend = PagedAttention(plan, cache, inputs, page_table, _following(plan, layers))
-        products = products_of(plan, params, x.shape[0])
-        x = LayerStack(plan.config, layers, plan.layout, products)(x, attend.position, attend)
-        return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
+        stack = LayerStack(plan.config, layers, plan.layout, products_of(plan, params, x.shape[0]))
+        if not plan.finishes_read_rows:
+            x = stack(x, attend.position, attend)
+            return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
+        x = stack.before_last_mlp(x, attend.position, attend)
+        return attend.cache, None, stack.finish(_sampling_rows(plan, inputs, x)), _chunk_rows(plan, inputs, x)
 
     axes = plan.layout.rules.layers
     count = plan.stages.count
@@ -81,6 +84,14 @@ def run_layers(
         tick, (staged, staged, staged, staged, staged, whole, whole), (staged, staged, whole, staged), over=axes
     )
     return mapped(jnp.arange(count), layers, cache, between_stages, packed, page_table, x)
+
+
+def finish_rows(plan: StepPlan, params: Params, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    """Rows of those that `run_layers` returned of chunks, after all layers."""
+    if not plan.finishes_read_rows:
+        return x
+    layers = {name: value for name, value in params.items() if name.startswith(LAYERS)}
+    return LayerStack(plan.config, layers, plan.layout).finish(x)
 
 
 def _following(plan: StepPlan, layers: Params) -> list[jax.Array]:

@@ -20,6 +20,7 @@ from paddock.sharding.accelerators import Accelerator
 
 from .scheduler import WEIGHT_BOUND
 from .speed_profile import Curve, SpeedProfile
+from .step_plan import finishes_read_rows
 
 PRODUCTS = ("qkv", "out", "gate_up", "down")
 # Bytes of a weight in the matrix products, by what they are quantized to; sums and scales stay as they are.
@@ -164,14 +165,21 @@ class StepTimes:
             (self.weights.layers, self.weights.layer_products, rows, profile.weights),
             (self.weights.head, self.weights.head_products, head_rows, profile.head or profile.weights),
         )
-        for num_bytes, products, count, measured in parts:
+        late = self._late_products * (rows - head_rows)
+        for (num_bytes, products, count, measured), spared in zip(parts, (late, 0.0), strict=True):
             read = num_bytes / (measured.at(count) if measured else self._bandwidth)
             # Among the rows that were measured this is the whole time of a product, whatever bounds it.
             known = measured is not None and count <= measured.x[-1]
-            multiply = 0.0 if known else 2 * products * count / self._matrix_rate(count)
+            multiply = 0.0 if known else 2 * (products * count - spared) / self._matrix_rate(count)
             memory += read if read >= multiply else 0.0
             matrix += multiply if multiply > read else 0.0
         return memory, matrix
+
+    @property
+    def _late_products(self) -> float:
+        """A row's of the last MLP, where that is for rows that are read alone."""
+        late = finishes_read_rows(self.stages, self.layout)
+        return 3 * self.model.embed_dim * self.model.mlp_dim / self.layout.num_shards("mlp") if late else 0.0
 
     def _matrix_rate(self, rows: float) -> float:
         measured = self.profile.matrix.get(self.dtype)

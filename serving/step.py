@@ -16,7 +16,7 @@ from paddock.model import Llama
 from .bucket import Bucket
 from .kv_cache import KVCache
 from .paged_attention import join_rows
-from .pipeline import Params, run_layers
+from .pipeline import Params, finish_rows, run_layers
 from .sampler import Sampled, SamplerState, When, compiled_flags, sample, score
 from .sharded_sampling import on_own_rows
 from .step_input import PackedLayout, Rows, StepInput
@@ -127,11 +127,12 @@ def score_rows(
     """Log-probabilities of `targets` after rows of `StepOutput.hidden`: the head by N rows, for prompt_logprobs."""
     hidden = hidden[-1] if plan.stages.count > 1 else hidden
     model = Llama(plan.config, params, plan.layout)
+    finished = finish_rows(plan, params, hidden[rows])
 
     def score_targets(logits: jax.Array, targets: jax.Array, _: None) -> Sampled:
         return score(logits, targets, plan.num_logprobs)
 
-    return on_own_rows(plan.layout, score_targets, model.logits(hidden[rows]), targets, None)
+    return on_own_rows(plan.layout, score_targets, model.logits(finished), targets, None)
 
 
 def bind(fn: Callable[..., Any], *static: object) -> Callable[..., Any]:

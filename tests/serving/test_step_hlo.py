@@ -115,3 +115,15 @@ def test_what_is_compiled_in_is_no_branch(mesh: str) -> None:
     lowered = dataclasses.replace(programs, plan=plan).lower(Bucket(programs.buckets.decodes[-1], 0, 0, True))
     assert "stablehlo.case" not in lowered.as_text()
     assert "stablehlo.case" in programs.lower(Bucket(programs.buckets.decodes[-1], 0, 0, True)).as_text()
+
+
+@pytest.mark.parametrize(("mesh", "late"), [("", True), ("tensor=2", True), ("pipe=2", False)])
+def test_the_last_mlp_of_a_chunk_step_is_for_the_rows_that_sample(mesh: str, late: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        programs = resolve_tiny(patch, mesh=mesh).programs
+    bucket = next(bucket for bucket in programs.buckets.all() if bucket.chunk_tokens and not bucket.decodes)
+    # Rows of the products with weights [D, 2F], which are gate_up's and, as wide in this model, qkv's.
+    weight = f"{CONFIG.embed_dim}x{2 * CONFIG.mlp_dim}xf32"
+    rows = re.findall(rf"dot_general.*\(tensor<(\d+)x\w+>, tensor<{weight}>\)", programs.lower(bucket).as_text())
+    layers = programs.plan.stages.num_slots
+    assert Counter(map(int, rows)) == Counter([bucket.chunk_tokens] * (2 * layers - late) + [bucket.chunks] * late)
