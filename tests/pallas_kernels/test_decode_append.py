@@ -21,9 +21,9 @@ SCALE = 0.125
 Shape = tuple[int, int, int, int, list[int]]
 # query heads, kv heads, head_dim, page size, lengths
 SMALL: list[Shape] = [
-    (3, 1, 64, 32, [0, 1, 32, 33, 100]),  # pages smaller than a tile; shares that end inside sequences
-    (9, 1, 128, 64, [63, 64, 65, 150]),  # a page a tile; more query heads than one swizzled tile has rows
-    (2, 2, 64, 128, [129, 193]),  # half a page a tile; no grouping; a tile of a new token alone
+    (3, 1, 64, 32, [0, 1, 33, 70]),  # pages smaller than a tile; shares that end inside sequences
+    (9, 1, 128, 64, [64, 65]),  # a page a tile; more query heads than one swizzled tile has rows
+    (2, 2, 64, 128, [129]),  # half a page a tile; no grouping; a tile of a new token alone
 ]
 LARGE: list[Shape] = [
     (heads, kv_heads, head_dim, page_size, [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000, 16, 17, 1500, 449, 0])

@@ -144,8 +144,8 @@ def test_random_traffic_leaks_nothing_and_is_deterministic(partitions: int, stag
         pending = deque([Schedule((), ())] * stages)
         sent: dict[int, int] = {}  # the tick at which a sequence was last sampled
         tick = 0
-        while tick < 200 or not scheduler.is_idle or any(pending):
-            if tick < 200 and rng.random() < 0.5 * partitions:
+        while tick < 100 or not scheduler.is_idle or any(pending):
+            if tick < 100 and rng.random() < 0.5 * partitions:
                 seq = sequence(tick, int(rng.integers(1, 40)), int(rng.integers(1, 30)))
                 scheduler.add(seq)
                 alive.append(seq)
