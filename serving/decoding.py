@@ -19,7 +19,7 @@ class Decoding:
     """Those of a partition, at most `num_slots`, in order of arrival. `Sequence.num_computed` looks here meanwhile."""
 
     def __init__(self, num_slots: int):
-        self._table = np.zeros((5, num_slots), np.int32)
+        self._table = np.zeros((5, num_slots), np.int64)  # ticks outgrow 32 bits
         self._seqs: list[Sequence] = []
         self._all: tuple[Sequence, ...] | None = None
         self._all_ready = 0  # the tick from which on all are
@@ -47,14 +47,17 @@ class Decoding:
         self._all, self._all_ready, self._quiet, seq.decoding = None, max(self._all_ready, ready), 0, self
 
     def remove(self, seq: Sequence) -> None:
-        index, end = self._seqs.index(seq), len(self._seqs)
+        index, end = self._index(seq), len(self._seqs)
         seq.decoding, seq.num_computed = None, int(self._table[_COMPUTED, index])
         self._table[:, index : end - 1] = self._table[:, index + 1 : end]
         del self._seqs[index]
         self._all = None
 
     def num_computed(self, seq: Sequence) -> int:
-        return int(self._table[_COMPUTED, self._seqs.index(seq)])
+        return int(self._table[_COMPUTED, self._index(seq)])
+
+    def _index(self, seq: Sequence) -> int:
+        return bisect.bisect_left(self._seqs, seq.seq_id, key=lambda other: other.seq_id)
 
     def due(self, tick: int, limit: int) -> np.ndarray | None:
         """Indices of the first `limit` that may run at `tick`, None for all."""
@@ -84,10 +87,11 @@ class Decoding:
         if due is not None:
             which = due[due < len(self)]
             seqs = tuple([self._seqs[index] for index in which.tolist()])
-        rows = self._table[: _COMPUTED + 1, which].copy()
+        rows = self._table[: _COMPUTED + 1, which].astype(np.int32)
         self._table[_COMPUTED, which] += 1
         self._table[_READY, which] = ready
-        self._all_ready = max(self._all_ready, ready)
+        if seqs:
+            self._all_ready = max(self._all_ready, ready)
         if due is None and self._quiet:
             self._quiet -= 1
             return seqs, rows

@@ -71,7 +71,8 @@ class Engine:
         self._ids = itertools.count()
         self._pending: StepFuture | None = None
         # Whose slot's bias row keeps the stop tokens from being sampled, until min_tokens are there.
-        self._stops_banned: set[Sequence] = set()
+        # In order, which a set of objects has not: several processes edit the same rows one after the other.
+        self._stops_banned: dict[Sequence, None] = {}
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError naming the argument if this request can never run."""
@@ -181,16 +182,16 @@ class Engine:
             seq = chunk.seq
             if chunk.is_first and (seq.params.logit_bias or seq.params.min_tokens):
                 bias = dict(seq.params.logit_bias or {})
-                self._stops_banned.discard(seq)
+                self._stops_banned.pop(seq, None)
                 if seq.num_generated - chunk.samples < seq.params.min_tokens:
                     bias |= dict.fromkeys(seq.stop_token_ids, -math.inf)
-                    self._stops_banned.add(seq)
+                    self._stops_banned[seq] = None
                 self.runner.edit_bias(seq.slot, bias, clear=True)
         for seq in list(self._stops_banned):
             if seq.status is not SequenceStatus.RUNNING:
-                self._stops_banned.remove(seq)  # its next first chunk, if there is one, sets its new slot's row
+                del self._stops_banned[seq]  # its next first chunk, if there is one, sets its new slot's row
             elif seq.num_generated > seq.params.min_tokens:
-                self._stops_banned.remove(seq)
+                del self._stops_banned[seq]
                 bias = {token: (seq.params.logit_bias or {}).get(token, 0.0) for token in seq.stop_token_ids}
                 self.runner.edit_bias(seq.slot, bias, clear=False)
 

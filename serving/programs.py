@@ -119,7 +119,7 @@ class Programs:
         """Everything that the programs depend on, but for JAX, the machine and our source: what a cache is asked by."""
         mesh = self.plan.layout.mesh
         plan = {f.name: getattr(self.plan, f.name) for f in dataclasses.fields(self.plan) if f.name != "layout"}
-        return repr((plan, dict(mesh.shape), self.plan.layout.rules, self.buckets, self.num_pages))
+        return repr((plan, dict(mesh.shape), self.plan.layout.rules, self.buckets, self.num_pages, self.results_in))
 
     @property
     def _options(self) -> Mapping[str, Any]:

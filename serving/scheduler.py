@@ -44,8 +44,8 @@ class Chunk:
 class Schedule:
     """One step: a token for each decoding sequence, and chunks of others; both partition by partition.
 
-    `decode_rows` [2 B] has slot and position of each `decodes`. While the same sequences decode, `decodes` is the same
-    object.
+    `decode_rows` [2 B] has slot and position of each `decodes`. While the same sequences of one partition decode,
+    `decodes` is the same object.
     """
 
     decodes: tuple[Sequence, ...]
@@ -251,7 +251,8 @@ class Scheduler:
         wanted = min(left, budget)
         smaller = max((size for size in self.chunk_sizes if size <= wanted), default=0)
         larger = min((size for size in self.chunk_sizes if size > wanted), default=0)
-        enough = larger * (WELL_FILLED_BESIDE if num_decodes else WELL_FILLED)
+        # What does not fit into this step fills the next one; where all of it fits, padding would be for nothing.
+        enough = larger * (WELL_FILLED_BESIDE if num_decodes and left <= budget else WELL_FILLED)
         return smaller if smaller and larger > WEIGHT_BOUND and wanted < enough else budget
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:

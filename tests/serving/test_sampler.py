@@ -130,6 +130,14 @@ def test_the_draw_depends_on_seed_and_position_alone(run, logits, state) -> None
     assert (run(logits, rows._replace(seed_high=rows.seed_high + 1), state).tokens != first).any()
 
 
+def test_greedy_and_drawn_rows_do_not_mind_each_other(run, logits, state) -> None:
+    greedy, drawn = (run(logits, make_rows(temperature=t), state).tokens for t in (0.0, 1.5))
+    rows = make_rows(temperature=1.5)
+    every_other = jnp.arange(R) % 2 == 0
+    mixed = run(logits, rows._replace(temperature=jnp.where(every_other, 0.0, 1.5)), state).tokens
+    np.testing.assert_array_equal(mixed, np.where(every_other, greedy, drawn))
+
+
 def test_padding_of_the_vocabulary_is_never_drawn(run, logits, state) -> None:
     padded = logits.at[:, 100:].set(-jnp.inf)
     assert run(padded, make_rows(temperature=1e6), state).tokens.max() < 100

@@ -154,6 +154,7 @@ def test_random_traffic_leaks_nothing_and_is_deterministic(partitions: int, stag
             schedule = scheduler.schedule()
             assert schedule.num_tokens <= 12 * partitions
             for seq in schedule.decodes:
+                assert seq.num_computed <= min(4 * len(seq.pages), seq.last_computed)
                 assert tick - sent[seq.seq_id] >= stages, "its last token has not come out of the pipeline"
             sent |= dict.fromkeys((seq.seq_id for seq in schedule.sampling), tick)
             for part in scheduler.partitions:
@@ -252,6 +253,20 @@ def test_prompts_are_cut_to_what_steps_are_compiled_for() -> None:
     assert scheduler.schedule().num_chunk_tokens == 984, "too nearly 1,024 to be cut"
     scheduler.add(sequence(3, 100))
     assert scheduler.schedule().num_chunk_tokens == 100, "as quick as 64"
+
+    scheduler = make_idle()
+    for seq_id in range(3):
+        scheduler.add(sequence(seq_id, 5))
+    scheduler.schedule()
+    scheduler.add(sequence(3, 2000))
+    assert scheduler.schedule().num_chunk_tokens == 1021, "more waits than fits, so that nothing is lost"
+
+
+def test_ticks_outgrow_32_bits() -> None:
+    scheduler = make()
+    scheduler._tick = 2**31 - 3
+    scheduler.add(sequence(0, 4))
+    assert [scheduler.schedule().num_tokens for _ in range(5)] == [4, 1, 1, 1, 1]
 
 
 def test_what_cannot_be_admitted_does_not_fill_a_step() -> None:
