@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_step(run: Any) -> None:
-    result = run("step", "--batch-sizes", "1", "2", "--input-len", "8", "--output-len", "6")
+    result = run("step", "--batch-sizes", "1", "2", "--input-len", "8", "--output-len", "64")
     assert result["benchmark"] == "step"
     assert "cpu" in result["device"]
     assert [row["B"] for row in result["rows"]] == [1, 2]

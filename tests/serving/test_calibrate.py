@@ -224,8 +224,8 @@ def test_a_profile_of_this_machine_plans_for_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(measuring.jax, "device_count", lambda: 1)
     file, notes = tmp_path / "cpu.toml", []
     file.write_text('accelerator = "cpu"\ncopy = 1e9\n[host]\nrows = [1]\nseconds = [1e-4]')
-    using = dataclasses.replace(CPU, rows=(1, 2), chunks=(64,), tokens=512)
-    for _ in range(3):  # a busy machine's noise is refused, and what is missing is measured again
+    using = dataclasses.replace(CPU, rows=(1, 2), chunks=(64,), tokens=2**12)
+    for _ in range(5):  # a busy machine's noise is refused, and what is missing is measured again
         found = calibrate(file, notes.append, using)
         if found.layer is not None:
             break
