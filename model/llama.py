@@ -122,38 +122,32 @@ class LayerStack(nnx.Module):
         attend: Attend,
         *,
         rope_length: int | None = None,
+        last_mlp: bool = True,
     ) -> Float[Array, "T D"]:
-        """The residual stream after the layers. `rope_length`: see `cos_sin`."""
-        return self.finish(self.before_last_mlp(x, positions, attend, rope_length=rope_length))
+        """The residual stream after the layers. `rope_length`: see `cos_sin`.
 
-    def before_last_mlp(
-        self,
-        x: Float[Array, "T D"],
-        positions: Int[Array, " T"],
-        attend: Attend,
-        *,
-        rope_length: int | None = None,
-    ) -> Float[Array, "T D"]:
-        """The residual stream but for the last layer's MLP. Nothing mixes rows from there on, so that `finish` may be
-        left to the rows that somebody reads."""
+        Without `last_mlp` the last layer's MLP is left to `finish`: nothing mixes rows from there on, so that it may
+        run for those alone that somebody reads.
+        """
         cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
         x = self.placed.residual(x)
         normed: jax.Array | None = None  # of x, where what came before made it too
         for index, layer in enumerate(self.layers):
-            following = self.layers[index + 1] if index + 1 < len(self.layers) else None
+            following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else None
+            has_mlp = last_mlp or following is not None
             with jax.named_scope(f"layer{index}"):
                 with jax.named_scope("attention"):
                     normed = layer.attention_norm(x) if normed is None else normed
                     mixed = layer.attention(normed, cos, sin, lambda *qkv, i=index: attend(i, *qkv), self.products)
                     with jax.named_scope("out"):
-                        norm = None if following is None else layer.mlp_norm
+                        norm = layer.mlp_norm if has_mlp else None
                         x, normed = self._leave(x, mixed, *layer.attention.leaving, norm)
-                if following is not None:
-                    x, normed = self._mlp(layer, x, normed, following.attention_norm)
+                if has_mlp:
+                    x, normed = self._mlp(layer, x, normed, following)
         return x
 
     def finish(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The last MLP, for the rows of `before_last_mlp` or some of them."""
+        """The last MLP, for rows of a call without it."""
         with jax.named_scope(f"layer{len(self.layers) - 1}"):
             return self._mlp(self.layers[-1], self.placed.residual(x), None, None)[0]
 

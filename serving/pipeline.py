@@ -44,11 +44,10 @@ def run_layers(
         inputs = packing.unpack(packed)
         attend = PagedAttention(plan, cache, inputs, page_table, _following(plan, layers))
         stack = LayerStack(plan.config, layers, plan.layout, products_of(plan, params, x.shape[0]))
-        if not (plan.finishes_read_rows and packing.bucket.chunk_tokens):
-            x = stack(x, attend.position, attend)
-            return attend.cache, None, _sampling_rows(plan, inputs, x), _chunk_rows(plan, inputs, x)
-        x = stack.before_last_mlp(x, attend.position, attend)
-        return attend.cache, None, stack.finish(_sampling_rows(plan, inputs, x)), _chunk_rows(plan, inputs, x)
+        late = plan.finishes_read_rows and packing.bucket.chunk_tokens > 0
+        x = stack(x, attend.position, attend, last_mlp=not late)
+        rows = _sampling_rows(plan, inputs, x)
+        return attend.cache, None, stack.finish(rows) if late else rows, _chunk_rows(plan, inputs, x)
 
     axes = plan.layout.rules.layers
     count = plan.stages.count
