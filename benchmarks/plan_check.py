@@ -104,8 +104,10 @@ CASES = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--accelerator", default="h100-80gb")
-    parser.add_argument("--profile", metavar="FILE", help="instead of the shipped one")
+    parser.add_argument(
+        "--accelerator", default="h100-80gb", help="whose shipped profile is used (default: %(default)s)"
+    )
+    parser.add_argument("--profile", metavar="FILE", help="instead of a shipped one")
     parser.add_argument("--devices", type=int, default=1, choices=sorted(CASES), help="(default: %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="JSON lines: rows are added, and not measured again")
     parser.add_argument("--seconds", type=float, help="start no case later than this")
@@ -167,8 +169,6 @@ class Predictor:
     def __init__(self, case: Case, accelerator: str, profile: str | None):
         self.mesh, self.layout = MeshConfig.parse(case.mesh), PlannedLayout.of(case.mesh)
         speeds = read_profile(Path(profile)) if profile else shipped_profile(accelerator)
-        if speeds.accelerator != accelerator:
-            raise ValueError(f"the speed profile is of {speeds.accelerator}, not of {accelerator}")
         each = self.mesh.num_replicas * self.mesh.sizes.get("pipe", 1)
         steps = [("decode", batch // each, context) for batch, context in case.decode]
         for step in [*steps, *(("chunk", tokens, 0) for tokens in case.chunks)]:
@@ -177,7 +177,7 @@ class Predictor:
         model, dtype = case.model, case.model.dtype
         weights = Weights.of(model, self.layout, dtype, None)
         per_token = page_bytes(Dims.of(model, self.layout), self.layout, 1, dtype)
-        card = named_accelerator(accelerator)
+        card = named_accelerator(speeds.accelerator)
         self.times = StepTimes(model, self.layout, self.mesh, weights, per_token, dtype, card, speeds)
 
     def held(self, resolved: Resolved) -> DeviceBytes:

@@ -60,7 +60,11 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="at once (default: %(default)s)")
     engine.add_argument(
-        "--max-num-batched-tokens", type=int, default=GPU_TOKENS, metavar="N", help="in a step (default: %(default)s)"
+        "--max-num-batched-tokens",
+        type=int,
+        default=GPU_TOKENS,
+        metavar="N",
+        help="prompt tokens in a step (default: %(default)s)",
     )
     engine.add_argument("--max-model-len", type=int, metavar="N", help="that the cache must hold (default: a page)")
     engine.add_argument("--block-size", type=int, default=64, metavar="N", help="of a page (default: %(default)s)")

@@ -56,7 +56,9 @@ class EngineConfig:
         None, "bytes of KV cache per device; auto: what is left of the GPU, or 10% of RAM (at most 4 GiB) on CPU"
     )
     max_num_seqs: int | None = option(None, "sequences running at once; auto: 32 on CPU, else 256")
-    max_num_batched_tokens: int | None = option(None, f"tokens in a step; auto: {CPU_TOKENS} on CPU, else {GPU_TOKENS}")
+    max_num_batched_tokens: int | None = option(
+        None, f"prompt tokens in a step; auto: {CPU_TOKENS} on CPU, else {GPU_TOKENS}"
+    )
     max_num_queued_reqs: int | None = option(None, "requests waiting before new ones are refused; auto: no limit")
     max_logprobs: int = option(20, "largest logprobs or prompt_logprobs that a request may ask for")
     decode_attention: str = option("auto", "entry of the DECODE_ATTENTION table")

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence as ListOf
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ class EngineLoop:
         self._lockstep = Lockstep(engine, alone=self._peers.is_alone)
         self._inbox: queue.SimpleQueue[Callable[[_Wishes], None] | None] = queue.SimpleQueue()
         self._members = Members()
-        # Sequences left of each request, from `submit` on.
+        # Sequences left of each request, from `admit` on.
         self._unfinished: dict[RequestStream, int] = {}
         self._accepting, self._stopping = True, False
         self._dead: str | None = None
@@ -97,7 +98,7 @@ class EngineLoop:
 
     # --- other threads ---
 
-    def submit(
+    def open(
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
@@ -107,12 +108,11 @@ class EngineLoop:
         output_kind: OutputKind = "delta",
         on_event: Callable[[RequestStream], None] | None = None,
     ) -> RequestStream:
-        """Queue a request that `Engine.check` let pass; `prompt` is its text, if there is one.
+        """A request that `Engine.check` let pass, for `admit`; `prompt` is its text, if there is one.
 
-        `on_event` is called in the engine's thread whenever there is something to `get`. Raises EngineBusy when the
-        engine is shutting down, EngineDead.
+        `on_event` is called in the engine's thread whenever there is something to `get`.
         """
-        stream = RequestStream(
+        return RequestStream(
             request_id=request_id or f"req-{uuid.uuid4().hex}",
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
@@ -123,15 +123,19 @@ class EngineLoop:
             output_kind=output_kind,
             on_event=on_event,
         )
+
+    def admit(self, streams: ListOf[RequestStream]) -> None:
+        """Queue requests, which join in this order and in the same step. Raises EngineBusy when the engine is shutting
+        down, EngineDead; then none is queued."""
         with self._lock:
             if self._dead is not None:
                 raise EngineDead(self._dead)
             if not self._accepting:
                 raise EngineBusy("the engine is shutting down")
-            self._unfinished[stream] = params.n
-            self._num_submitted += params.n
-            self._inbox.put(lambda wishes: wishes.admitted.append(stream))
-        return stream
+            for stream in streams:
+                self._unfinished[stream] = stream.params.n
+                self._num_submitted += stream.params.n
+            self._inbox.put(lambda wishes: wishes.admitted.extend(streams))
 
     @property
     def num_unfinished(self) -> int:

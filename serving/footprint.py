@@ -15,7 +15,9 @@ from paddock.sharding.memory import DeviceBytes, PlannedLayout, count_bytes, sho
 
 from .kv_cache import page_bytes
 
-MAX_CHUNKS = 16
+# Prompts, or pieces of prompts, that a step takes at most: a large step should be full of short ones too, and each has
+# a row among those that the last layer ends with, whether there is such a prompt or not.
+MAX_CHUNKS = 64
 # What an accelerator loses to libraries, graphs and fragments beside the arrays.
 SLACK = 2**30
 LARGEST_MESH = 1024

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from .engine_config import EngineConfig
 from .engine_loop import EngineLoop
 from .errors import EngineBusy, EngineDead
 from .metrics import MetricsPage
-from .request import OutputKind, RequestStream
+from .request import OutputKind, Request, RequestStream
 from .routing import ReplicaLoad, route
 from .sampling_params import SamplingParams
 
@@ -63,28 +63,71 @@ class Front:
         bad argument, EngineBusy when `max_num_queued_reqs` requests wait in all replicas together or the engine is
         shutting down, EngineDead when there is no replica left.
         """
-        token_ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this engine has none")
-        self._smallest.engine.check(token_ids, params)
+        request = Request(prompt, params, request_id)
+        return self.submit_all([request], output_kind=output_kind, on_event=on_event)[0]
+
+    def submit_all(
+        self,
+        requests: Sequence[Request],
+        *,
+        output_kind: OutputKind = "delta",
+        on_event: Callable[[RequestStream], None] | None = None,
+    ) -> list[RequestStream]:
+        """Queue requests whose outputs are wanted together: each replica takes its own all before its next step, those
+        first that may become longest.
+
+        Long ones that start last end almost alone, in steps that take nearly as long for one sequence as for many:
+        "longest processing time first" (Graham 1969). Raises as `submit` does, and then queues none.
+        """
+        prompts = [self.tokenize(one.prompt) if isinstance(one.prompt, str) else list(one.prompt) for one in requests]
+        for one, token_ids in zip(requests, prompts, strict=True):
+            if one.params.stop and self.tokenizer is None:
+                raise ValueError("stop strings need a tokenizer, and this engine has none")
+            self._smallest.engine.check(token_ids, one.params)
         with self._lock:
             if not self._accepting:
                 raise EngineBusy("the engine is shutting down")
-            replica = self._choose(token_ids)
-            limit = self.config.max_num_queued_reqs
-            if limit is not None and sum(one.num_queued for one in self.replicas) >= limit:
-                replica.metrics.on_rejected()
+            places = self._places(prompts, [one.params.n for one in requests])
+            streams = []
+            for one, token_ids, place in zip(requests, prompts, places, strict=True):
+                stream = self.replicas[place].open(
+                    token_ids,
+                    self._with_seed(one.params),
+                    prompt=one.prompt if isinstance(one.prompt, str) else None,
+                    request_id=one.request_id,
+                    output_kind=output_kind,
+                    on_event=on_event,
+                )
+                streams.append(stream)
+                self._num_sequences += one.params.n
+            self._admit(streams, places)
+        return streams
+
+    def _places(self, prompts: Sequence[list[int]], counts: Sequence[int]) -> list[int]:
+        """The replica of each prompt, of which `counts` sequences are wanted. Raises EngineBusy, EngineDead."""
+        limit, queued = self.config.max_num_queued_reqs, sum(one.num_queued for one in self.replicas)
+        loads, places = [_load_of(replica) for replica in self.replicas], []
+        for place, (token_ids, count) in enumerate(zip(prompts, counts, strict=True)):
+            index = route(token_ids, loads)
+            load = None if index is None else loads[index]
+            if index is None or load is None:
+                raise EngineDead(self.health() or "the engine is shut down")
+            if limit is not None and queued + place >= limit:
+                self.replicas[index].metrics.on_rejected()
                 raise EngineBusy(f"{limit} requests are waiting already; try again later")
-            stream = replica.submit(
-                token_ids,
-                self._with_seed(params),
-                prompt=prompt if isinstance(prompt, str) else None,
-                request_id=request_id,
-                output_kind=output_kind,
-                on_event=on_event,
-            )
-            self._num_sequences += params.n
-        return stream
+            loads[index] = dataclasses.replace(load, num_seqs=load.num_seqs + count)
+            places.append(index)
+        return places
+
+    def _admit(self, streams: Sequence[RequestStream], places: Sequence[int]) -> None:
+        order = sorted(range(len(streams)), key=lambda i: -(streams[i].params.max_tokens or self.max_model_len))
+        try:
+            for index in sorted(set(places)):
+                self.replicas[index].admit([streams[i] for i in order if places[i] == index])
+        except BaseException:  # one of several replicas is gone: the others would compute for nobody
+            for stream in streams:
+                stream.abort()
+            raise
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises ValueError without a tokenizer, and for a text that is too long whatever its tokens turn out to be."""
@@ -125,12 +168,6 @@ class Front:
         # One after the other, for this also runs while Python exits, when no thread can be started any more.
         ended = [replica.shutdown(max(0.0, deadline - time.monotonic())) for replica in self.replicas]
         return all(ended)
-
-    def _choose(self, token_ids: list[int]) -> EngineLoop:
-        index = route(token_ids, [_load_of(replica) for replica in self.replicas])
-        if index is None:
-            raise EngineDead(self.health() or "the engine is shut down")
-        return self.replicas[index]
 
     def _with_seed(self, params: SamplingParams) -> SamplingParams:
         """Without a seed of its own a request draws one from its place in the order of requests, whichever replica it

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .engine_config import EngineConfig
 from .front import Front
 from .outputs import RequestOutput
-from .request import RequestStream
+from .request import Request, RequestStream
 from .sampling_params import SamplingParams
 
 Prompt: TypeAlias = str | Mapping[str, Any]
@@ -44,21 +44,19 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """One finished output per prompt, in the prompts' order.
+        """One finished output per prompt, in the prompts' order; they run in an order of the engine's.
 
         A prompt is a string or `{"prompt_token_ids": [...]}`; one SamplingParams serves all, or there is one for each
         prompt. Raises ValueError naming the argument; if a step fails, RequestFailed. Either ends the other requests.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(listed, sampling_params)
-        texts = [_token_ids_or_text(prompt) for prompt in listed]
+        requests = [Request(_token_ids_or_text(prompt), one) for prompt, one in zip(listed, params, strict=True)]
         events: queue.SimpleQueue[RequestStream] = queue.SimpleQueue()
-        streams: dict[RequestStream, int] = {}
         results: list[RequestOutput | None] = [None] * len(listed)
+        submitted = self.engine.submit_all(requests, output_kind="final", on_event=events.put)
+        streams = {stream: index for index, stream in enumerate(submitted)}
         try:
-            for index, (text, one) in enumerate(zip(texts, params, strict=True)):
-                stream = self.engine.submit(text, one, output_kind="final", on_event=events.put)
-                streams[stream] = index
             with tqdm(total=len(listed), desc="Generating", unit="request", disable=not use_tqdm) as bar:
                 while streams:
                     stream = events.get()

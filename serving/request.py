@@ -19,6 +19,15 @@ from .tokenizer import Tokenizer
 OutputKind = Literal["delta", "final"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody asks for: `prompt` is text or token ids."""
+
+    prompt: str | list[int]
+    params: SamplingParams
+    request_id: str | None = None
+
+
 @dataclasses.dataclass(slots=True)  # not frozen, which takes three times as long to make
 class TokenEvent:
     """The engine's word to a request: new tokens of its output `index`, and how that output ended if it did.
@@ -52,7 +61,7 @@ class _Output:
 
 
 class RequestStream:
-    """What `Front.submit` returns. The consumer's thread detokenizes and looks for stop strings.
+    """What `Front.submit` returns for a Request. The consumer's thread detokenizes and looks for stop strings.
 
     "delta" outputs hold what is new since the one before; the one "final" output holds everything.
     """

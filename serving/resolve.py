@@ -234,11 +234,6 @@ def _check_step_size(budget: int, max_num_seqs: int, multiple: int) -> None:
                 f"{name} {value} does not divide into the {multiple} pieces that the rules for batch and tokens cut "
                 f"rows into; the nearest that do are {f'{low} or ' if low else ''}{low + multiple}"
             )
-    if max_num_seqs > budget:
-        raise ValueError(
-            f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: each running sequence needs a "
-            "token in every step"
-        )
 
 
 def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num_devices: int) -> int:

@@ -72,9 +72,10 @@ class Schedule:
 class Scheduler:
     """First come first served, decodes before prompts, prompts in chunks, preemption by recompute.
 
-    Every step has a budget of `max_num_batched_tokens`. A decoding sequence that finds no free page takes those of
-    the latest arrival of its partition, which goes back to the head of the queue and is computed again later. Slots,
-    budget and chunks are divided equally over the partitions, one for each of `pools`.
+    A step takes up to `max_num_batched_tokens` prompt tokens, and beside them one for each decoding sequence: it is
+    compiled for both together, so prompts are not cut because something decodes. A decoding sequence that finds no
+    free page takes those of the latest arrival of its partition, which goes back to the head of the queue and is
+    computed again later. Slots, budget and chunks are divided equally over the partitions, one for each of `pools`.
 
     With `num_stages` pipeline stages a schedule is one tick: its sequences come out `num_stages` ticks later, and only
     then may be scheduled again. Taking at most an equal share of the decoding sequences each tick keeps `num_stages`
@@ -130,7 +131,7 @@ class Scheduler:
         self._tick += 1
         decodes = [self._decode(part) for part in self.partitions]
         budgets = [
-            self._chunk_budget(left, whole, len(taken))
+            self._chunk_budget(left, whole, beside=bool(taken))
             for (left, whole), (taken, _) in zip(self._prompts(), decodes, strict=True)
         ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
@@ -211,7 +212,7 @@ class Scheduler:
     def _decode(self, part: Partition) -> tuple[tuple[Sequence, ...], np.ndarray]:
         """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
         decoding = part.decoding
-        due = decoding.due(self._tick, min(-(-len(decoding) // self.num_stages), self.max_num_batched_tokens))
+        due = decoding.due(self._tick, -(-len(decoding) // self.num_stages))
         for index in decoding.short(due):
             # Who gives way is the last: the indices of the others stay.
             if index < len(decoding) and self._grow(part, decoding[index]):
@@ -243,16 +244,16 @@ class Scheduler:
             for part in self.partitions
         ]
 
-    def _chunk_budget(self, left: int, whole: int, num_decodes: int) -> int:
-        """Prompt tokens to take in this step, of `left` ones, beside so many decoding rows."""
-        budget = self.max_num_batched_tokens - num_decodes
+    def _chunk_budget(self, left: int, whole: int, *, beside: bool) -> int:
+        """Prompt tokens to take in this step, of `left` ones, maybe beside decoding rows."""
+        budget = self.max_num_batched_tokens
         if self.num_stages > 1:  # equal pieces, one for each stage
             budget = min(budget, max(-(-whole // self.num_stages), WEIGHT_BOUND))
         wanted = min(left, budget)
         smaller = max((size for size in self.chunk_sizes if size <= wanted), default=0)
         larger = min((size for size in self.chunk_sizes if size > wanted), default=0)
         # What does not fit into this step fills the next one; where all of it fits, padding would be for nothing.
-        enough = larger * (WELL_FILLED_BESIDE if num_decodes and left <= budget else WELL_FILLED)
+        enough = larger * (WELL_FILLED_BESIDE if beside and left <= budget else WELL_FILLED)
         return smaller if smaller and larger > WEIGHT_BOUND and wanted < enough else budget
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:

@@ -39,8 +39,8 @@ class Measured:
 
 def headroom(case: Case, max_num_batched_tokens: int, num_stages: int) -> int:
     """Tokens that the first sequences may be ahead by when the last of the batch starts: decodes go before prompts."""
-    room = max(max_num_batched_tokens - case.batch_size, max_num_batched_tokens // 4, 1)
-    steps = max(-(-case.batch_size * case.input_len // room), -(-case.batch_size // MAX_CHUNKS))
+    by_tokens = -(-case.batch_size * case.input_len // max_num_batched_tokens)
+    steps = max(by_tokens, -(-case.batch_size // MAX_CHUNKS))
     return steps + 2 * num_stages + 4
 
 

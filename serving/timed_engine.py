@@ -112,8 +112,8 @@ class TimedEngine:
         engine, stages = built.engine, self.stages
         turns = stages * (steps + WARM_STEPS)
         prompt = max(context - steps // 2, 1)
-        # While the last prompts are on their way the first ones decode, and take their part of each step's tokens.
-        by_tokens = -(-batch * prompt // (built.resolved.plan.max_chunk_tokens - batch))
+        # While the last prompts are on their way the first ones decode.
+        by_tokens = -(-batch * prompt // built.resolved.plan.max_chunk_tokens)
         on_the_way = max(by_tokens, -(-batch // built.resolved.buckets.max_chunks)) + stages
         sequences = self._add(built, batch, prompt, on_the_way + turns // stages + 2 * stages)
         while engine.scheduler.waiting or any(seq.num_computed < prompt for seq in sequences):
