@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-ON_GPU = os.environ.get("PADDOCK_TEST_GPU") == "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not ON_GPU:
-    # Most of the tests' time is LLVM's, for programs that run for milliseconds. XLA's own passes stay: what tests read in
-    # compiled programs is the same. The processes that tests start inherit it.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Most of the tests' time was LLVM's, for programs that run for milliseconds. XLA's own passes stay: the programs whose
+# text and sizes tests read are the same. The processes that tests start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(os.environ.get("PADDOCK_TEST_GPU") != "1")))
 
 import jax
 import jaxtyping
 
 ROOT = Path(__file__).parent.parent
+ON_GPU = os.environ.get("PADDOCK_TEST_GPU") == "1"
 if ON_GPU:
     # Kernel tests start JAX before any engine could ask for its share of the memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
