@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Most of the tests' time was LLVM's, for programs that run for milliseconds. XLA's own passes stay: the programs whose
+# text and sizes tests read are the same. The processes that tests start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(os.environ.get("PADDOCK_TEST_GPU") != "1")))
 
 import jax
 import jaxtyping

@@ -23,6 +23,7 @@ from paddock.serving.server import create_app
 LENGTHS = [3, 17, 40, 8, 1, 25, 12, 33, 6, 9, 2, 30]
 NOTHING = {"running": 0, "waiting": 0}
 SEATS = 2
+TWO = "data=2,tensor=2"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def one(golden: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def two(golden: Path) -> Iterator[LLM]:
-    with tiny_llm(golden / "gqa", mesh="data=2,tensor=2", max_num_seqs=SEATS) as llm:
+    with tiny_llm(golden / "gqa", mesh=TWO, max_num_seqs=SEATS) as llm:
         yield llm
 
 
@@ -159,7 +160,7 @@ def test_drawn_seeds_do_not_depend_on_the_replica(one: LLM, two: LLM, monkeypatc
 
 
 def test_a_replica_that_dies_takes_only_its_own_requests_with_it(golden: Path) -> None:
-    with tiny_llm(golden / "gqa", data_parallel_size=2, max_num_seqs=SEATS) as llm:
+    with tiny_llm(golden / "gqa", mesh=TWO, max_num_seqs=SEATS) as llm:
         first, second = llm.engine.replicas
         client = create_app(llm.engine).test_client()
         want = tokens_of(whole(llm.engine.submit(prompt_at(0), greedy(8), output_kind="final")))
@@ -192,7 +193,7 @@ def test_a_replica_that_dies_takes_only_its_own_requests_with_it(golden: Path) -
 
 
 def test_shutdown_ends_every_replica(golden: Path) -> None:
-    llm = tiny_llm(golden / "gqa", data_parallel_size=2, max_num_seqs=SEATS)
+    llm = tiny_llm(golden / "gqa", mesh=TWO, max_num_seqs=SEATS)
     streams = [llm.engine.submit(prompt_at(home), greedy(100)) for home in (0, 1)]
     assert all(stream.get() is not None for stream in streams)
     assert llm.engine.shutdown()

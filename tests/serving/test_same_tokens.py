@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from engines import (
     TokenComparison,
+    assert_nothing_leaked,
     assert_same_tokens,
     greedy,
     margins_of,
@@ -16,10 +20,11 @@ from engines import (
     tokens_of,
 )
 
-from paddock.model import Dims, LlamaConfig
-from paddock.serving import LLM, RequestOutput, SamplingParams
-from paddock.serving.kv_cache import page_bytes
-from paddock.sharding import Layout
+from paddock.serving import LLM, RequestOutput, SamplingParams, resolve
+from paddock.serving.bucket import BucketTable
+from paddock.serving.page_pool import PagePool
+from paddock.serving.resolve import plan_steps
+from paddock.serving.step_plan import StepPlan
 
 LENGTHS = (5, 1, 40, 13, 4, 27, 3, 8)
 PENALIZED = greedy(presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2)
@@ -44,13 +49,30 @@ def alone_penalized(llm: LLM) -> list[RequestOutput]:
     return [llm.generate(prompt, PENALIZED, use_tqdm=False)[0] for prompt in prompts]
 
 
+def with_one_program(*args: Any, **options: Any) -> tuple[StepPlan, BucketTable]:
+    plan, buckets = plan_steps(*args, **options)
+    return plan, dataclasses.replace(buckets, single=True)
+
+
+def llm_of(
+    golden: Path, case: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> contextlib.AbstractContextManager[LLM]:
+    if case == "gqa":
+        return contextlib.nullcontext(llm)
+    monkeypatch.setattr(resolve, "plan_steps", with_one_program)
+    return tiny_llm(golden / case, max_num_seqs=2)
+
+
 @pytest.mark.parametrize("case", ["gqa", "mqa_tied", "biases", "dynamic", "llama3_tied"])
-def test_transformers_tokens(golden: Path, case: str) -> None:
-    """Those of a full recompute; dynamic RoPE depends on the length, and there those of cached decoding."""
+def test_transformers_tokens(golden: Path, case: str, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a full recompute; dynamic RoPE depends on the length, and there those of cached decoding.
+
+    What the models differ in is the same in steps of every shape: one has them all, the others one program each.
+    """
     key = "stepwise" if case == "dynamic" else "greedy"
     expected = np.load(golden / case / "expected.npz")
     comparison = TokenComparison()
-    with tiny_llm(golden / case, max_num_seqs=2) as llm:
+    with llm_of(golden, case, llm, monkeypatch) as llm:
         count = sum(name.startswith("prompt_") for name in expected.files)
         prompts = [{"prompt_token_ids": expected[f"prompt_{i}"].tolist()} for i in range(count)]
         for i, output in enumerate(llm.generate(prompts, greedy(), use_tqdm=False)):
@@ -78,16 +100,22 @@ def test_while_others_join_and_leave_at_random(llm: LLM, alone: list[RequestOutp
     assert_same_tokens([next(iter(stream)) for stream in streams], alone)
 
 
-def test_under_preemption(golden: Path, alone: list[RequestOutput], alone_penalized: list[RequestOutput]) -> None:
+def test_under_preemption(
+    llm: LLM,
+    alone: list[RequestOutput],
+    alone_penalized: list[RequestOutput],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tokens and penalty counts are rebuilt when a sequence is computed again."""
     prompts = [{"prompt_token_ids": output.prompt_token_ids} for output in alone]
-    config = LlamaConfig.from_file(golden / "gqa" / "config.json")
-    page = page_bytes(Dims.of(config), Layout.build(), 4, "float32")
-    # Twenty pages are little more than the longest sequence alone needs.
-    with tiny_llm(golden / "gqa", max_model_len=68, kv_cache_memory_bytes=20 * page) as llm:
-        outputs = llm.generate(prompts, greedy(), use_tqdm=False)
-        assert llm.engine.replicas[0].engine.scheduler.num_preemptions > 3
-        penalized = llm.generate(prompts, PENALIZED, use_tqdm=False)
+    scheduler = llm.engine.replicas[0].engine.scheduler
+    # Twenty pages, page 0 included, are little more than the longest sequence alone needs.
+    monkeypatch.setattr(scheduler.partitions[0], "pool", PagePool(20, 4))
+    before = scheduler.num_preemptions
+    outputs = llm.generate(prompts, greedy(), use_tqdm=False)
+    assert scheduler.num_preemptions > before + 3
+    penalized = llm.generate(prompts, PENALIZED, use_tqdm=False)
+    assert_nothing_leaked(llm)
     assert_same_tokens(outputs, alone)
     assert_same_tokens(penalized, alone_penalized)
 
@@ -95,7 +123,7 @@ def test_under_preemption(golden: Path, alone: list[RequestOutput], alone_penali
 @pytest.mark.parametrize("options", [{"block_size": 16, "max_num_batched_tokens": 7}, {"block_size": 1}], ids=str)
 def test_any_page_and_chunk_size(golden: Path, alone: list[RequestOutput], options: dict[str, int]) -> None:
     prompts = [{"prompt_token_ids": output.prompt_token_ids} for output in alone]
-    with tiny_llm(golden / "gqa", **options) as llm:
+    with tiny_llm(golden / "gqa", max_num_seqs=2, **options) as llm:
         assert_same_tokens(llm.generate(prompts, greedy(), use_tqdm=False), alone)
 
 
@@ -103,7 +131,7 @@ def test_any_page_and_chunk_size(golden: Path, alone: list[RequestOutput], optio
 def test_tensor_parallel(golden: Path, alone: list[RequestOutput], options: dict[str, int | str]) -> None:
     """The weights and the cache are really split, and the tokens are the single device's."""
     prompts = [{"prompt_token_ids": output.prompt_token_ids} for output in alone]
-    with tiny_llm(golden / "gqa", **options) as llm:
+    with tiny_llm(golden / "gqa", max_num_seqs=2, **options) as llm:
         assert_same_tokens(llm.generate(prompts, greedy(), use_tqdm=False), alone)
         executor = llm.engine.replicas[0].executor
         shards = executor.plan.layout.mesh.size

@@ -29,13 +29,14 @@ CACHE = Path(__file__).parents[2] / "build" / "test-compile-cache"
 ROMEO = "ROMEO:\nBut, soft! what light"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "Who art thou?"}]
+SEATS = 2
 # A program's start, its compiles when the cache is cold included.
 START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Front]:
-    options = dict(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256, compile_cache_dir=str(CACHE))
+    options = dict(max_num_seqs=SEATS, max_num_batched_tokens=32, max_model_len=256, compile_cache_dir=str(CACHE))
     with LLM(**options) as llm:
         yield llm.engine
 
@@ -216,7 +217,7 @@ def turnstile(engine: Front, port: int, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.mark.parametrize("state", ["waiting", "streaming", "not streaming"])
 def test_a_client_that_leaves_frees_its_pages_within_two_steps(engine, port, turnstile, state):
     pool = engine.replicas[0].engine.scheduler.partitions[0].pool
-    others = 4 if state == "waiting" else 0  # as many as may run at once
+    others = SEATS if state == "waiting" else 0  # as many as may run at once
     for _ in range(others):
         engine.submit(ROMEO, SamplingParams(max_tokens=200, **GREEDY))
     client = Client(port)
@@ -272,7 +273,7 @@ def killed_at_the_end(process: subprocess.Popen[str]) -> Iterator[subprocess.Pop
 
 
 def test_paddock_serve_ends_its_streams_after_sigterm():
-    words = ["--port", "0", "--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--max-model-len", "256"]
+    words = ["--port", "0", "--max-num-seqs", "1", "--max-num-batched-tokens", "8", "--max-model-len", "256"]
     with killed_at_the_end(start("--log-level", "warning", "serve", *words, "--shutdown-grace", "60")) as process:
         lines = iter(process.stdout.readline, "")
         ready = next((line for line in lines if line.startswith("Paddock serves")), None)
@@ -294,7 +295,7 @@ def test_paddock_serve_ends_its_streams_after_sigterm():
 
 def test_paddock_generate_makes_the_devices_that_the_mesh_asks_for():
     words = ["generate", "ROMEO:", "--temperature", "0", "--max-tokens", "8"]
-    words += ["--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--max-model-len", "64"]
+    words += ["--max-num-seqs", "1", "--max-num-batched-tokens", "8", "--max-model-len", "64"]
     texts = []
     for size in ("1", "2"):
         with killed_at_the_end(start(*words, "-tp", size)) as process:
