@@ -18,7 +18,7 @@ from .bucket import Bucket
 from .compiler import Compiler
 from .mailboxes import Mailboxes
 from .outputs import Logprob, TokenLogprobs
-from .pack import Group, Packer, lay_out, move_on
+from .pack import Group, Packer, enter_pages, growth, lay_out
 from .pipeline import Params
 from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
 from .sampler import Sampled
@@ -64,7 +64,7 @@ def _token_logprobs(host: list[np.ndarray], row: int, count: int) -> TokenLogpro
     return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Step:
     """What goes up, and whose tokens come back: `leaving` comes out of the last pipeline stage, None while they fill,
     its decodes at `decode_rows` and what it samples at `rows`."""
@@ -74,6 +74,9 @@ class _Step:
     leaving: Group | None
     decode_rows: np.ndarray
     rows: np.ndarray
+    # Whether there are page updates in `packed`; what the next step of the same sequences has more, once it is known.
+    enters: bool = True
+    growth: np.ndarray | None = None
 
 
 NOTHING = Schedule((), ())
@@ -133,7 +136,7 @@ class Executor:
             self.state, sampled = self.compiled["resample", bucket](self.state, sent, output.logits)
             bucket = dataclasses.replace(bucket, full=True)
         # Logits and hidden states are large, and nobody's from here on.
-        scores = list(self._score_prompts(leaving, output.hidden))
+        scores = [] if output.hidden is None else list(self._score_prompts(leaving, output.hidden))
         return StepFuture(leaving.schedule.sampling, step.rows, bucket, leaving.schedule.num_tokens, sampled, scores)
 
     def _repeat(self, schedule: Schedule) -> _Step | None:
@@ -145,9 +148,14 @@ class Executor:
         before = step.leaving.schedule
         if schedule.chunks or before.chunks or schedule.decodes is not before.decodes:
             return None
-        packing, pages = self.programs.packings[step.bucket], self._packer.entered_pages(schedule)
-        packed = move_on(packing, step.packed, step.decode_rows, schedule.decode_rows[1], pages)
-        return _Step(step.bucket, packed, step.leaving, step.decode_rows, step.rows)
+        packing = self.programs.packings[step.bucket]
+        if step.growth is None:
+            step.growth = growth(packing, step.decode_rows)
+        step.packed = step.packed + step.growth  # not in place: the one before may still be on its way up
+        if step.enters or schedule.entered:
+            enter_pages(packing, step.packed, schedule.entered)
+            step.enters = bool(schedule.entered)
+        return step
 
     def _pack(self, schedule: Schedule) -> _Step:
         self._groups.appendleft(self._packer.group(schedule) if schedule else None)
@@ -173,7 +181,7 @@ class Executor:
             placed = [self.plan.layout.put(np.asarray(argument)) for argument in arguments]
             self.state = self.compiled["edit_bias"](self.state, *placed)
 
-    def _score_prompts(self, group: Group, hidden: jax.Array | None) -> Iterable[tuple[Sequence, list[int], Any]]:
+    def _score_prompts(self, group: Group, hidden: jax.Array) -> Iterable[tuple[Sequence, list[int], Any]]:
         share = self.plan.max_chunk_tokens // self.plan.num_partitions
         for chunk, offset in zip(group.schedule.chunks, group.chunks[1].tolist(), strict=True):
             seq = chunk.seq

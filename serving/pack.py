@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as ListOf
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class Packer:
 
     def group(self, schedule: Schedule) -> Group:
         chunks, size = schedule.chunks, self.page_size
-        slots, positions = schedule.decode_rows
-        updates = self.entered_pages(schedule)
+        slots, positions = decode_rows = schedule.decode_rows
+        updates = list(schedule.entered)
         columns, table = [], []
         offsets: dict[int, int] = {}
         for chunk in chunks:
@@ -80,7 +81,7 @@ class Packer:
             full=bool(self._full[slots].any() or self._full[chunk_table[0]].any()),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
             decode_place=_places(slots // self._slots_each),
-            decodes=schedule.decode_rows,
+            decodes=decode_rows,
             token_place=tokens[4:],
             tokens=tokens[:4],
             chunk_place=_places(chunk_table[5]),
@@ -90,15 +91,6 @@ class Packer:
             row_floats=self._floats[:, sampling],
             flags=self._flags[:, sampling].max(axis=1, initial=0),
         )
-
-    def entered_pages(self, schedule: Schedule) -> list[tuple[int, int, int]]:
-        """(slot, index in the page table, page) of each decoding sequence whose token is the first of a page."""
-        slots, positions = schedule.decode_rows
-        updates = []
-        for row in np.flatnonzero(positions % self.page_size == 0).tolist():
-            index = int(positions[row]) // self.page_size
-            updates.append((int(slots[row]), index, schedule.decodes[row].pages[index]))
-        return updates
 
     def _remember(self, seq: Sequence) -> None:
         ints, floats, flags = row_constants(seq)
@@ -115,21 +107,21 @@ def _places(partitions: np.ndarray) -> np.ndarray:
     return np.stack([owner, np.arange(len(owner)) - first])
 
 
-def move_on(
-    layout: PackedLayout,
-    packed: np.ndarray,
-    decode_rows: np.ndarray,
-    positions: np.ndarray,
-    page_updates: list[tuple[int, int, int]],
-) -> np.ndarray:
-    """`packed` [X] of a step without chunks, as it is when the same sequences are at `positions`."""
-    moved, slices = packed.copy(), layout.slices
-    moved[slices["decode_position"]][decode_rows] = positions
-    moved[slices["row_ints"]].reshape(len(INTS), -1)[_POSITION, decode_rows] = positions + 1
-    moved[slices["page_updates"]] = layout.empty[slices["page_updates"]]
-    if page_updates:
-        moved[slices["page_updates"]].reshape(-1, 3)[: len(page_updates)] = page_updates
-    return moved
+def growth(layout: PackedLayout, decode_rows: np.ndarray) -> np.ndarray:
+    """What the packed array [X] of the next step has more than this one's, where the same rows decode and no more."""
+    added = np.zeros(layout.size, np.int32)
+    views = layout.views(added)
+    views["decode_position"][decode_rows] = 1
+    views["row_ints"][_POSITION, decode_rows] = 1
+    return added
+
+
+def enter_pages(layout: PackedLayout, packed: np.ndarray, entered: ListOf[tuple[int, int, int]]) -> None:
+    """Let `packed` [X] have these page updates and no others."""
+    part = layout.slices["page_updates"]
+    packed[part] = layout.empty[part]
+    if entered:
+        packed[part].reshape(-1, 3)[: len(entered)] = entered
 
 
 def lay_out(

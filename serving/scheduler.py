@@ -44,13 +44,21 @@ class Chunk:
 class Schedule:
     """One step: a token for each decoding sequence, and chunks of others; both partition by partition.
 
-    `decode_rows` [2 B] has slot and position of each `decodes`. While the same sequences of one partition decode,
-    `decodes` is the same object.
+    While the same sequences of one partition decode, `decodes` is the same object. `entered` are pages that decodes
+    write the first token of: slot, index in the page table, page.
     """
 
     decodes: tuple[Sequence, ...]
     chunks: tuple[Chunk, ...]
-    decode_rows: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((2, 0), np.int32), compare=False)
+    # Slot and position [2 B] of each of `decodes`, `moved` steps ago.
+    first_rows: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((2, 0), np.int32), compare=False)
+    moved: int = 0
+    entered: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def decode_rows(self) -> np.ndarray:
+        """Slot and position [2 B] of each of `decodes`."""
+        return self.first_rows + np.array([[0], [self.moved]], np.int32)
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -129,10 +137,21 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
         self._tick += 1
-        decodes = [self._decode(part) for part in self.partitions]
+        shares = [self._decode(part) for part in self.partitions]
+        chunks: tuple[Chunk, ...] = ()
+        if self.waiting or any([part.prefilling for part in self.partitions]):
+            chunks = self._take_prompts([bool(share.decodes) for share in shares])
+        if len(shares) == 1:
+            return dataclasses.replace(shares[0], chunks=chunks) if chunks else shares[0]
+        decodes = tuple(seq for share in shares for seq in share.decodes)
+        rows = np.concatenate([share.decode_rows for share in shares], axis=1)
+        return Schedule(decodes, chunks, rows, entered=tuple(page for share in shares for page in share.entered))
+
+    def _take_prompts(self, beside: list[bool]) -> tuple[Chunk, ...]:
+        """Chunks of prompts; `beside` says of each partition whether it has decoding rows in the step, too."""
         budgets = [
-            self._chunk_budget(left, whole, beside=bool(taken))
-            for (left, whole), (taken, _) in zip(self._prompts(), decodes, strict=True)
+            self._chunk_budget(left, whole, beside=decodes)
+            for (left, whole), decodes in zip(self._prompts(), beside, strict=True)
         ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
         chunks: list[list[Chunk]] = [[] for _ in self.partitions]
@@ -156,11 +175,7 @@ class Scheduler:
             seq.num_computed += chunk.length
             if chunk.samples:
                 self.partitions[seq.partition].start_decoding(seq, self._tick + self.num_stages)
-        found = tuple(chunk for mine in chunks for chunk in mine)
-        if len(decodes) == 1:
-            return Schedule(decodes[0][0], found, decodes[0][1])
-        rows = np.concatenate([rows for _, rows in decodes], axis=1)
-        return Schedule(tuple(seq for taken, _ in decodes for seq in taken), found, rows)
+        return tuple(chunk for mine in chunks for chunk in mine)
 
     def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[Many[Sequence], list[Sequence]]:
         """A sampled token of each was read. Returns the sequences that took theirs (`seqs` itself where all did), for
@@ -209,15 +224,18 @@ class Scheduler:
         for part in self.partitions:
             part.check_whole()
 
-    def _decode(self, part: Partition) -> tuple[tuple[Sequence, ...], np.ndarray]:
+    def _decode(self, part: Partition) -> Schedule:
         """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
         decoding = part.decoding
         due = decoding.due(self._tick, -(-len(decoding) // self.num_stages))
+        entered = []
         for index in decoding.short(due):
             # Who gives way is the last: the indices of the others stay.
-            if index < len(decoding) and self._grow(part, decoding[index]):
+            if index < len(decoding) and self._grow(part, seq := decoding[index]):
                 decoding.add_room(index, part.pool.page_size)
-        return decoding.advance(due, self._tick + self.num_stages)
+                entered.append((seq.slot, len(seq.pages) - 1, seq.pages[-1]))
+        decodes, rows, moved = decoding.advance(due, self._tick + self.num_stages)
+        return Schedule(decodes, (), rows, moved, tuple(entered))
 
     def _prompts(self) -> list[tuple[int, int]]:
         """Prompt tokens that each partition could take now, and the whole of the prompts that they belong to: of those
