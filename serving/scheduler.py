@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 
+from .landing import Landing
 from .page_pool import PagePool
 from .partition import Partition
 from .sequence import Sequence, SequenceStatus
@@ -112,6 +113,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
         self._tick = 0
+        # Who took the last tokens, and once they have taken two, all of them as one.
+        self._landed: Many[Sequence] = ()
+        self._landing: Landing | None = None
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -180,16 +184,27 @@ class Scheduler:
     def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[Many[Sequence], list[Sequence]]:
         """A sampled token of each was read. Returns the sequences that took theirs (`seqs` itself where all did), for
         one that has ended meanwhile has no use for it, and those among them for which it is the last."""
-        running, last, ended = SequenceStatus.RUNNING, [], []
+        if self._landing is not None and self._landing.seqs is seqs and self._landing.take(tokens):
+            return seqs, []
+        self._dissolve()
+        ended, last = self._land_each(seqs, tokens)
+        if seqs and seqs is self._landed and not last and all(seq.status is SequenceStatus.RUNNING for seq in seqs):
+            self._landing = Landing(seqs)
+        self._landed = seqs
+        return [seq for seq in seqs if seq not in ended] if ended else seqs, last
+
+    def _land_each(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that had ended, and those that took their last token."""
+        running, ended, last = SequenceStatus.RUNNING, [], []
         for seq, token in zip(seqs, tokens, strict=True):
             if seq.status is not running and self._land_late(seq):
                 ended.append(seq)
                 continue
-            output = seq.output_token_ids
+            output = seq.settled_token_ids
             output.append(token)
             if token in seq.stop_token_ids or len(output) >= seq.max_tokens:
                 last.append(seq)
-        return [seq for seq in seqs if seq not in ended] if ended else seqs, last
+        return ended, last
 
     def _land_late(self, seq: Sequence) -> bool:
         """Whether a sequence that stopped running before its token came has ended."""
@@ -204,7 +219,7 @@ class Scheduler:
         if seq.status is SequenceStatus.FINISHED:
             return
         if seq.status is SequenceStatus.RUNNING:
-            self.partitions[seq.partition].release(seq)
+            self._release(seq)
         else:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
@@ -290,8 +305,18 @@ class Scheduler:
         seq.pages += part.pool.take(1)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _release(self, seq: Sequence) -> None:
+        if seq.landing is not None:
+            self._dissolve()
         self.partitions[seq.partition].release(seq)
+
+    def _dissolve(self) -> None:
+        if self._landing is not None:
+            self._landing.dissolve()
+            self._landing = None
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._release(seq)
         seq.status = SequenceStatus.WAITING
         seq.num_computed = 0
         self.num_preemptions += 1

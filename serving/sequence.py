@@ -7,6 +7,7 @@ import enum
 import functools
 
 from .decoding import Decoding
+from .landing import Landing
 from .sampling_params import SamplingParams
 
 
@@ -21,7 +22,8 @@ class Sequence:
     """A prompt and what was generated after it; `n` of them make a request.
 
     Counters are in tokens. `num_computed` runs ahead of what the host has read: a sampled token that is still on the
-    device counts as `in_flight`, and a step over it may already have been sent. While it decodes, `decoding` counts.
+    device counts as `in_flight`, and a step over it may already have been sent. While it decodes, `decoding` counts;
+    `landing`, if there is one, may have tokens that are not among `settled_token_ids` yet.
     """
 
     seq_id: int
@@ -31,7 +33,8 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     status: SequenceStatus = SequenceStatus.WAITING
-    output_token_ids: list[int] = dataclasses.field(default_factory=list)
+    settled_token_ids: list[int] = dataclasses.field(default_factory=list)
+    landing: Landing | None = None
     slot: int = -1
     # How often it was given a slot: what was sent under an earlier one is stale.
     num_admissions: int = 0
@@ -54,6 +57,13 @@ class Sequence:
     @num_computed.setter
     def num_computed(self, count: int) -> None:
         self.computed_before = count
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """All that were read."""
+        if self.landing is not None:
+            self.landing.settle()
+        return self.settled_token_ids
 
     @property
     def in_flight(self) -> int:
