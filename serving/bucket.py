@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -29,6 +30,10 @@ class Bucket:
         return self.decodes + self.chunks
 
     def __str__(self) -> str:
+        return self._name
+
+    @functools.cached_property
+    def _name(self) -> str:
         return f"{self.decodes}+{self.chunk_tokens}" + ("f" if self.full else "")
 
 

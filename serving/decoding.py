@@ -72,7 +72,7 @@ class Decoding:
         if self._all_ready <= tick and len(self) <= limit:
             return None
         self._catch_up()
-        return np.flatnonzero(self._table[_READY, : len(self)] <= tick)[:limit]
+        return (self._table[_READY, : len(self)] <= tick).nonzero()[0][:limit]
 
     def short(self, due: np.ndarray | None) -> list[int]:
         """Those of `due` whose pages hold no token more."""
@@ -81,7 +81,7 @@ class Decoding:
         self._catch_up()
         computed, room = self._table[_COMPUTED, : len(self)], self._table[_ROOM, : len(self)]
         full = computed >= room
-        return np.flatnonzero(full).tolist() if due is None else due[full[due]].tolist()
+        return full.nonzero()[0].tolist() if due is None else due[full[due]].tolist()
 
     def add_room(self, index: int, num_tokens: int) -> None:
         self._table[_ROOM, index] += num_tokens
@@ -110,7 +110,7 @@ class Decoding:
         if seqs:
             self._all_ready = max(self._all_ready, ready)
         table = self._table[:, which]
-        for index in np.flatnonzero(table[_COMPUTED] >= table[_LAST]).tolist():
+        for index in (table[_COMPUTED] >= table[_LAST]).nonzero()[0].tolist():
             self.remove(seqs[index])
         table = self._table[:, : len(self)]
         left = np.minimum(table[_ROOM], table[_LAST] - 1) - table[_COMPUTED]

@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle and self._pending is None and not self.runner.in_flight
+        return self._pending is None and self.scheduler.is_idle and not self.runner.in_flight
 
     def close(self) -> None:
         """Let go of the step on its way."""

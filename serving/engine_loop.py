@@ -203,7 +203,8 @@ class EngineLoop:
         try:
             while (wishes := self._collect()) is not None:
                 self._beat = time.monotonic()
-                self._tell(wishes)
+                if wishes or not self._peers.is_alone:
+                    self._tell(wishes)
                 result = self._lockstep.run()
                 self._peers.check(result)
                 self._deliver(result, time.monotonic() - self._beat)
@@ -223,14 +224,12 @@ class EngineLoop:
     def _collect(self) -> _Wishes | None:
         """Take in what other threads asked for, waiting for it when there is nothing to run; None: stop."""
         wishes = _Wishes()
-        while True:
-            try:
-                command = self._inbox.get(block=self.engine.is_idle and not wishes)
-            except queue.Empty:
-                return wishes
+        while not self._inbox.empty() or (self.engine.is_idle and not wishes):
+            command = self._inbox.get()
             if command is None:
                 return None
             command(wishes)
+        return wishes
 
     def _tell(self, wishes: _Wishes) -> None:
         """Tell the engine, in every process, what joins and what ends before the next step."""

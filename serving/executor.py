@@ -24,6 +24,7 @@ from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
 from .sampler import Sampled
 from .scheduler import Schedule
 from .sequence import Sequence
+from .step_input import PackedLayout
 from .step_products import MAILBOXES
 
 
@@ -69,7 +70,7 @@ class _Step:
     """What goes up, and whose tokens come back: `leaving` comes out of the last pipeline stage, None while they fill,
     its decodes at `decode_rows` and what it samples at `rows`."""
 
-    bucket: Bucket
+    packing: PackedLayout
     packed: np.ndarray
     leaving: Group | None
     decode_rows: np.ndarray
@@ -127,7 +128,7 @@ class Executor:
         """Send one step; returns before it has run. What is returned comes out of the last stage in this step: without
         stages `schedule` itself, with stages an earlier one, and None where the pipeline was still filling."""
         step = self._last = self._repeat(schedule) or self._pack(schedule)
-        bucket, leaving, sent = step.bucket, step.leaving, self.plan.layout.sent(step.packed)
+        bucket, leaving, sent = step.packing.bucket, step.leaving, self.plan.layout.sent(step.packed)
         self.cache, self.state, output = self.compiled[bucket](self.params, self.cache, self.state, sent)
         if leaving is None:
             return None
@@ -143,17 +144,16 @@ class Executor:
         """The last step moved on, where the same sequences decode and nothing else happens: most steps are such, and a
         fifth of the work."""
         step = self._last
-        if step is None or step.leaving is None or self.plan.stages.count > 1:
+        if step is None or step.leaving is None or len(self._groups) > 1:
             return None
         before = step.leaving.schedule
         if schedule.chunks or before.chunks or schedule.decodes is not before.decodes:
             return None
-        packing = self.programs.packings[step.bucket]
         if step.growth is None:
-            step.growth = growth(packing, step.decode_rows)
+            step.growth = growth(step.packing, step.decode_rows)
         step.packed = step.packed + step.growth  # not in place: the one before may still be on its way up
         if step.enters or schedule.entered:
-            enter_pages(packing, step.packed, schedule.entered)
+            enter_pages(step.packing, step.packed, schedule.entered)
             step.enters = bool(schedule.entered)
         return step
 
@@ -166,7 +166,7 @@ class Executor:
         for group, part in zip(groups, packed.reshape(len(groups), -1), strict=True):
             decode_rows, chunk_rows = lay_out(packing, group, self.plan.num_partitions, part)
         rows = np.concatenate([decode_rows, bucket.decodes + chunk_rows[groups[-1].samples]])
-        return _Step(bucket, packed, leaving, decode_rows, rows)
+        return _Step(packing, packed, leaving, decode_rows, rows)
 
     def edit_bias(self, slot: int, bias: dict[int, float], *, clear: bool) -> None:
         """Change a slot's logit bias from the next step on."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .sequence import Sequence
 
-# Tokens of so many steps are handed out at once, lest a step that must do so takes long.
+# After so many steps all get their tokens, lest it takes long when they must.
 MOST_STEPS = 64
 
 
@@ -18,6 +18,8 @@ class Landing:
     def __init__(self, seqs: ListOf[Sequence]):
         self.seqs = seqs
         self._steps: list[ListOf[int]] = []
+        self._places = {seq: place for place, seq in enumerate(seqs)}
+        self._num_given = [0] * len(seqs)  # of `_steps`, to each
         self._stops = frozenset[int]().union(*[seq.stop_token_ids for seq in seqs])
         # So many steps leave each a token short of its last.
         self._left = min(seq.max_tokens - len(seq.output_token_ids) for seq in seqs) - 1
@@ -31,17 +33,22 @@ class Landing:
         self._left -= 1
         self._steps.append(tokens)
         if len(self._steps) == MOST_STEPS:
-            self.settle()
+            self._give_all()
         return True
 
-    def settle(self) -> None:
-        """Hand the tokens out."""
-        steps, self._steps = self._steps, []
-        if steps:
-            for seq, tokens in zip(self.seqs, zip(*steps, strict=True), strict=True):
-                seq.settled_token_ids += tokens
+    def give(self, seq: Sequence) -> None:
+        """Give one of them the tokens that it does not have yet."""
+        place = self._places[seq]
+        seq.given_token_ids += [tokens[place] for tokens in self._steps[self._num_given[place] :]]
+        self._num_given[place] = len(self._steps)
 
     def dissolve(self) -> None:
-        self.settle()
+        self._give_all()
         for seq in self.seqs:
             seq.landing = None
+
+    def _give_all(self) -> None:
+        if self._steps:
+            for seq, given, tokens in zip(self.seqs, self._num_given, zip(*self._steps, strict=True), strict=True):
+                seq.given_token_ids += tokens[given:]
+        self._steps, self._num_given = [], [0] * len(self.seqs)

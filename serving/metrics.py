@@ -56,11 +56,7 @@ class Metrics:
     def __init__(self, model_name: str, engine: str = "0") -> None:
         self._labels = (model_name, engine)
         self._lock = threading.Lock()
-        self._gauges = {
-            "vllm:num_requests_running": (0.0, "Sequences in the running batch."),
-            "vllm:num_requests_waiting": (0.0, "Sequences waiting to be scheduled."),
-            "vllm:kv_cache_usage_perc": (0.0, "Share of KV cache pages in use; 1 is all of them."),
-        }
+        self._gauges = dict.fromkeys(GAUGES, 0.0)
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
         self._histograms = {name: Histogram(bounds) for name, (bounds, _) in HISTOGRAMS.items()}
@@ -89,9 +85,7 @@ class Metrics:
             steps.observe(seconds)
             self._iteration.observe(num_tokens)
             self._counters["vllm:num_preemptions"] += preemptions
-            self._set("vllm:num_requests_running", running)
-            self._set("vllm:num_requests_waiting", waiting)
-            self._set("vllm:kv_cache_usage_perc", kv_usage)
+            self._set_load(running, waiting, kv_usage)
 
     def on_compile(self, count: int = 1) -> None:
         """A step executable was built."""
@@ -137,9 +131,7 @@ class Metrics:
     def set_load(self, running: int, waiting: int, kv_usage: float) -> None:
         """The queues between steps, so that an idle engine does not show its last step's for ever."""
         with self._lock:
-            self._set("vllm:num_requests_running", running)
-            self._set("vllm:num_requests_waiting", waiting)
-            self._set("vllm:kv_cache_usage_perc", kv_usage)
+            self._set_load(running, waiting, kv_usage)
 
     def set_memory(self, kind: str, num_bytes: int) -> None:
         """Bytes of device memory held by `kind`: weights, kv_cache, ..."""
@@ -157,8 +149,8 @@ class Metrics:
             return list(self._families())
 
     def _families(self) -> Iterator[MetricFamily]:
-        for name, (value, text) in self._gauges.items():
-            yield self._one(GaugeMetricFamily(name, text, labels=LABELS), value)
+        for name, text in GAUGES.items():
+            yield self._one(GaugeMetricFamily(name, text, labels=LABELS), self._gauges[name])
         for name, text in COUNTERS.items():
             yield self._one(CounterMetricFamily(name, text, labels=LABELS), self._counters[name])
         success = CounterMetricFamily("vllm:request_success", "Finished requests.", labels=(*LABELS, "finished_reason"))
@@ -188,8 +180,9 @@ class Metrics:
         family.add_metric(self._labels, value)
         return family
 
-    def _set(self, name: str, value: float) -> None:
-        self._gauges[name] = (value, self._gauges[name][1])
+    def _set_load(self, running: int, waiting: int, kv_usage: float) -> None:
+        gauges = self._gauges
+        gauges[RUNNING], gauges[WAITING], gauges[KV_USAGE] = running, waiting, kv_usage
 
     def _count(self, name: str, count: int) -> None:
         with self._lock:
@@ -222,6 +215,12 @@ class MetricsPage(Collector):
         return iter(())  # nothing to check for duplicates: the registry holds this collector alone
 
 
+RUNNING, WAITING, KV_USAGE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
+GAUGES = {
+    RUNNING: "Sequences in the running batch.",
+    WAITING: "Sequences waiting to be scheduled.",
+    KV_USAGE: "Share of KV cache pages in use; 1 is all of them.",
+}
 # Exposed with `_total` at the end.
 COUNTERS = {
     "vllm:num_preemptions": "Sequences put back to waiting because pages ran out.",

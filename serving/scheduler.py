@@ -63,7 +63,7 @@ class Schedule:
 
     @property
     def num_chunk_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
+        return sum([chunk.length for chunk in self.chunks])
 
     @property
     def num_tokens(self) -> int:
@@ -127,16 +127,16 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return sum(len(part.running) for part in self.partitions)
+        return sum([len(part.running) for part in self.partitions])
 
     @property
     def usage(self) -> float:
         """Share of usable pages in use, 0 to 1."""
-        return sum(part.pool.usage for part in self.partitions) / len(self.partitions)
+        return sum([part.pool.usage for part in self.partitions]) / len(self.partitions)
 
     @property
     def is_idle(self) -> bool:
-        return not self.waiting and not any(part.running for part in self.partitions)
+        return not self.waiting and not any([part.running for part in self.partitions])
 
     def schedule(self) -> Schedule:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
@@ -200,7 +200,7 @@ class Scheduler:
             if seq.status is not running and self._land_late(seq):
                 ended.append(seq)
                 continue
-            output = seq.settled_token_ids
+            output = seq.given_token_ids
             output.append(token)
             if token in seq.stop_token_ids or len(output) >= seq.max_tokens:
                 last.append(seq)

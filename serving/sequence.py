@@ -23,7 +23,7 @@ class Sequence:
 
     Counters are in tokens. `num_computed` runs ahead of what the host has read: a sampled token that is still on the
     device counts as `in_flight`, and a step over it may already have been sent. While it decodes, `decoding` counts;
-    `landing`, if there is one, may have tokens that are not among `settled_token_ids` yet.
+    `landing`, if there is one, may have tokens that are not among `given_token_ids` yet.
     """
 
     seq_id: int
@@ -33,7 +33,7 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     status: SequenceStatus = SequenceStatus.WAITING
-    settled_token_ids: list[int] = dataclasses.field(default_factory=list)
+    given_token_ids: list[int] = dataclasses.field(default_factory=list)
     landing: Landing | None = None
     slot: int = -1
     # How often it was given a slot: what was sent under an earlier one is stale.
@@ -62,8 +62,8 @@ class Sequence:
     def output_token_ids(self) -> list[int]:
         """All that were read."""
         if self.landing is not None:
-            self.landing.settle()
-        return self.settled_token_ids
+            self.landing.give(self)
+        return self.given_token_ids
 
     @property
     def in_flight(self) -> int:
