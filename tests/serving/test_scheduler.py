@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -166,8 +166,9 @@ def test_random_traffic_leaks_nothing_and_is_deterministic(partitions: int, stag
                 assert {slot // part.num_slots for slot in slots} <= {part.index}
             pending.append(schedule)
             assert schedule.decode_rows.T.tolist() == [[seq.slot, seq.num_computed - 1] for seq in schedule.decodes]
+            in_flight = Counter(seq.seq_id for step in pending for seq in step.sampling)
             for seq in alive:
-                assert seq.in_flight == sum(seq in step.sampling for step in pending)
+                assert seq.in_flight == in_flight[seq.seq_id]
             read([pending.popleft()], scheduler)
             tick += 1
             history.append(
