@@ -270,6 +270,8 @@ class EngineLoop:
             member = self._members.get(chunk.seq)
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
+        # Before anybody hears of it: who has the last output may look at the metrics at once.
+        self._report_step(result, seconds)
         for seq, member in self._members.note_tokens(result, now, self.metrics):
             event = member.event(
                 seq,
@@ -278,9 +280,9 @@ class EngineLoop:
                 stop_reason=seq.stop_reason,
                 prompt_logprobs=tuple(scores.pop(seq, ())),
             )
-            member.stream.put(event)
             if seq.finish_reason is not None:
                 self._forget(seq, seq.finish_reason)
+            member.stream.put(event)
         for seq, entries in scores.items():
             member = self._members[seq]
             member.stream.put(TokenEvent(member.index, prompt_logprobs=tuple(entries)))
@@ -292,7 +294,6 @@ class EngineLoop:
             self._lockstep.abort(other.seq_id for other in others)
             for lost in (seq, *others):
                 self._forget(lost, "error")
-        self._report_step(result, seconds)
 
     def _forget(self, seq: Sequence, reason: str) -> None:
         member = self._members.pop(seq, None)

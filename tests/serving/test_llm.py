@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from engines import assert_nothing_leaked
 
 from paddock.serving import LLM, SamplingParams
+from paddock.serving.request import RequestStream
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 ROMEO = "ROMEO:\nBut, soft! what light"
@@ -33,6 +34,28 @@ def test_generate_keeps_the_order_and_the_texts(llm: LLM) -> None:
         assert output.finished
         assert completion.finish_reason == "length"
         assert output.times.arrival <= output.times.scheduled <= output.times.first_token <= output.times.last_token
+
+
+def test_generate_queues_everything_at_once_and_what_may_become_longest_first(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (replica,) = llm.engine.replicas
+    admit, seen = replica.admit, []
+
+    def watched(streams: Sequence[RequestStream]) -> None:
+        seen.append([stream.params.max_tokens for stream in streams])
+        admit(streams)
+
+    monkeypatch.setattr(replica, "admit", watched)
+    params = [dataclasses.replace(GREEDY, max_tokens=count) for count in (2, 5, 3, 5)]
+    outputs = llm.generate([ROMEO, "KING", "A", "B"], params, use_tqdm=False)
+    assert seen == [[5, 5, 3, 2]]
+    assert [output.prompt for output in outputs] == [ROMEO, "KING", "A", "B"]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 5, 3, 5]
+    with pytest.raises(ValueError, match="prompt is empty"):
+        llm.generate([ROMEO, {"prompt_token_ids": []}], GREEDY, use_tqdm=False)
+    assert len(seen) == 1, "one that cannot run keeps the others out of the queue"
+    assert_nothing_leaked(llm)
 
 
 def test_a_stream_joins_to_what_generate_returns(llm: LLM) -> None:
