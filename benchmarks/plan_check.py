@@ -104,10 +104,9 @@ CASES = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--accelerator", default="h100-80gb", help="whose shipped profile is used (default: %(default)s)"
-    )
-    parser.add_argument("--profile", metavar="FILE", help="instead of a shipped one")
+    speeds = parser.add_mutually_exclusive_group()
+    speeds.add_argument("--accelerator", default="h100-80gb", help="of the shipped profile (default: %(default)s)")
+    speeds.add_argument("--profile", metavar="FILE", help="instead of a shipped one")
     parser.add_argument("--devices", type=int, default=1, choices=sorted(CASES), help="(default: %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="JSON lines: rows are added, and not measured again")
     parser.add_argument("--seconds", type=float, help="start no case later than this")

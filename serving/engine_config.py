@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paddock.sharding import LayoutText
 
-# Tokens of a step where nobody says how many. On a GPU, prompts that come together then hold the rest up for few steps.
+# Prompt tokens of a step where nobody says how many. On a GPU, prompts that come together then hold the rest up for few
+# steps.
 CPU_TOKENS, GPU_TOKENS = 512, 8192
 # Mesh axes and the fields that are short for them, slowest-varying first.
 _SHORTHANDS = {"data": "data_parallel_size", "pipe": "pipeline_parallel_size", "tensor": "tensor_parallel_size"}

@@ -106,13 +106,14 @@ class Front:
     def _places(self, prompts: Sequence[list[int]], counts: Sequence[int]) -> list[int]:
         """The replica of each prompt, of which `counts` sequences are wanted. Raises EngineBusy, EngineDead."""
         limit, queued = self.config.max_num_queued_reqs, sum(one.num_queued for one in self.replicas)
-        loads, places = [_load_of(replica) for replica in self.replicas], []
-        for place, (token_ids, count) in enumerate(zip(prompts, counts, strict=True)):
+        loads = [_load_of(replica) for replica in self.replicas]
+        places: list[int] = []
+        for token_ids, count in zip(prompts, counts, strict=True):
             index = route(token_ids, loads)
             load = None if index is None else loads[index]
             if index is None or load is None:
                 raise EngineDead(self.health() or "the engine is shut down")
-            if limit is not None and queued + place >= limit:
+            if limit is not None and queued + len(places) >= limit:
                 self.replicas[index].metrics.on_rejected()
                 raise EngineBusy(f"{limit} requests are waiting already; try again later")
             loads[index] = dataclasses.replace(load, num_seqs=load.num_seqs + count)
@@ -121,11 +122,14 @@ class Front:
 
     def _admit(self, streams: Sequence[RequestStream], places: Sequence[int]) -> None:
         order = sorted(range(len(streams)), key=lambda i: -(streams[i].params.max_tokens or self.max_model_len))
+        admitted: list[RequestStream] = []
         try:
             for index in sorted(set(places)):
-                self.replicas[index].admit([streams[i] for i in order if places[i] == index])
+                mine = [streams[i] for i in order if places[i] == index]
+                self.replicas[index].admit(mine)
+                admitted += mine
         except BaseException:  # one of several replicas is gone: the others would compute for nobody
-            for stream in streams:
+            for stream in admitted:
                 stream.abort()
             raise
 

@@ -146,6 +146,23 @@ def test_an_abort_reaches_the_replica_that_runs_the_request(two: LLM) -> None:
         replica.engine.scheduler.check_idle()
 
 
+def test_requests_that_only_one_replica_takes_end(two: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second replica goes between the choice and the queue: the first one's request ends, and both serve on."""
+    second = two.engine.replicas[1]
+
+    def refuse(_: object) -> None:
+        raise EngineDead("lost just now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second, "admit", refuse)
+        with pytest.raises(EngineDead, match="lost just now"):
+            two.generate([{"prompt_token_ids": prompt_at(home)} for home in (0, 1)], greedy(100), use_tqdm=False)
+    wait_until(lambda: two.engine.load() == NOTHING)
+    for home in (0, 1):
+        assert len(tokens_of(whole(two.engine.submit(prompt_at(home), greedy(3), output_kind="final")))) == 3
+    assert two.engine.health() is None
+
+
 def test_drawn_seeds_do_not_depend_on_the_replica(one: LLM, two: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompt eight times, at home and, once that is full, in the other replica."""
     params = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True, n=2)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +17,8 @@ from engines import (
     tokens_of,
 )
 
-from paddock.serving import LLM, RequestOutput, SamplingParams, resolve
-from paddock.serving.bucket import BucketTable
+from paddock.serving import LLM, RequestOutput, SamplingParams
 from paddock.serving.page_pool import PagePool
-from paddock.serving.resolve import plan_steps
-from paddock.serving.step_plan import StepPlan
 
 LENGTHS = (5, 1, 40, 13, 4, 27, 3, 8)
 PENALIZED = greedy(presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2)
@@ -49,30 +43,13 @@ def alone_penalized(llm: LLM) -> list[RequestOutput]:
     return [llm.generate(prompt, PENALIZED, use_tqdm=False)[0] for prompt in prompts]
 
 
-def with_one_program(*args: Any, **options: Any) -> tuple[StepPlan, BucketTable]:
-    plan, buckets = plan_steps(*args, **options)
-    return plan, dataclasses.replace(buckets, single=True)
-
-
-def llm_of(
-    golden: Path, case: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> contextlib.AbstractContextManager[LLM]:
-    if case == "gqa":
-        return contextlib.nullcontext(llm)
-    monkeypatch.setattr(resolve, "plan_steps", with_one_program)
-    return tiny_llm(golden / case, max_num_seqs=2)
-
-
 @pytest.mark.parametrize("case", ["gqa", "mqa_tied", "biases", "dynamic", "llama3_tied"])
-def test_transformers_tokens(golden: Path, case: str, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a full recompute; dynamic RoPE depends on the length, and there those of cached decoding.
-
-    What the models differ in is the same in steps of every shape: one has them all, the others one program each.
-    """
+def test_transformers_tokens(golden: Path, case: str) -> None:
+    """Those of a full recompute; dynamic RoPE depends on the length, and there those of cached decoding."""
     key = "stepwise" if case == "dynamic" else "greedy"
     expected = np.load(golden / case / "expected.npz")
     comparison = TokenComparison()
-    with llm_of(golden, case, llm, monkeypatch) as llm:
+    with tiny_llm(golden / case, max_num_seqs=2) as llm:
         count = sum(name.startswith("prompt_") for name in expected.files)
         prompts = [{"prompt_token_ids": expected[f"prompt_{i}"].tolist()} for i in range(count)]
         for i, output in enumerate(llm.generate(prompts, greedy(), use_tqdm=False)):
