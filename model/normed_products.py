@@ -12,7 +12,7 @@ from .activations import Activations
 from .products import Norm, Products
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NormedProducts(Products):
     """For layers that are whole on a device. `add_norm` is an entry of the ADD_NORM table: of an addition and a norm
     XLA makes three kernels, each of which costs more to begin than to run where rows are few."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float
 
@@ -20,8 +23,15 @@ def project(x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
     return out.reshape(x.shape[0], *weight.shape[1:])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Products:
-    """The compiler's: it fuses what it can, and puts in the sums over devices where the layout needs them."""
+    """The compiler's: it fuses what it can, and puts in the sums over devices where the layout needs them.
+
+    `fused_swiglu`, if there is one, computes `swiglu` without bias for `fused_from` rows and more, in one kernel.
+    """
+
+    fused_swiglu: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    fused_from: int = 1
 
     def project(self, x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
         """See `project`."""
@@ -31,6 +41,8 @@ class Products:
         self, x: Float[Array, "T D"], gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None
     ) -> Float[Array, "T F"]:
         """SwiGLU's hidden rows (Shazeer 2020)."""
+        if self.fused_swiglu is not None and bias is None and x.shape[0] >= self.fused_from:
+            return self.fused_swiglu(x, gate_up)
         both = self.project(x, gate_up)
         if bias is not None:
             both = both + bias[None]

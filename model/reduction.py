@@ -15,7 +15,7 @@ from .activations import Activations
 from .products import Norm, Products
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reduction(Products):
     """How partial products over `axes` are summed: entries of the ALL_REDUCE and ALL_REDUCE_ADD_NORM tables, and the
     table of mailboxes [devices of the mesh, devices of a group + 2, 2] for those that need it."""

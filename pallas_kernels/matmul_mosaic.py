@@ -1,4 +1,5 @@
-"""Matrix products for decoding on Hopper: a few rows times a large matrix, as fast as the matrix can be read.
+"""Matrix products on Hopper: a few rows times a large matrix as fast as the matrix can be read, many with an epilogue
+that XLA's products do not have.
 
 A thread block per multiprocessor walks over tiles of the result. One warpgroup keeps a ring of tiles of `w` and `x` in
 flight (TMA), the others multiply (wgmma), 64 rows each, in float32. Where a matrix has too few columns for all
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 from .compat import bound, mosaic_mode
 from .matmul_pairs import split_pairs
 from .matmul_reference import check_matmul, finish
-from .matmul_tiling import DEPTH, ROWS, SMS, Tiling, choose_tiling, padded
+from .matmul_tiling import DEPTH, ROWS, SMS, TOGETHER, Tiling, choose_tiling, padded
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -45,8 +46,8 @@ def matmul_mosaic(
     """As `matmul_reference`. Rows do not depend on each other; the order of sums depends on the tiling, so on M.
 
     `tiling` overrides the choice; `interpret` runs the kernel on the CPU, for tests. Raises ValueError where the kernel
-    cannot run: a dtype other than bfloat16 or float16, more than 256 rows, a K or N that is no multiple of 64, JAX
-    older than 0.11 (but for `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
+    cannot run: a dtype other than bfloat16 or float16, a K or N that is no multiple of 64, JAX older than 0.11 (but for
+    `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
     """
     check_matmul(x, w, epilogue, residual)
     parts = multiply(x, w, swiglu=epilogue == "swiglu", tiling=tiling, interpret=interpret)[:, : x.shape[0]]
@@ -70,14 +71,14 @@ def multiply(
     swiglu = swiglu and tiling.split == 1
     columns = tiling.columns // 2 if swiglu else tiling.columns
     dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else x.dtype
-    rows = tiling.rows * tiling.blocks
+    rows = tiling.rows * tiling.blocks * tiling.row_tiles(num_rows)
     if tiling.rows == ROWS and not interpret:
         # A copy ends at the array's last row; the rows after it are zeros. (The interpreter wants all of them, and
         # copies of more than 64 rows that end early took 1.6 times as long: H100, 192 rows.)
         rows = num_rows if num_rows < 8 else padded(num_rows)
     copied = min(tiling.rows, padded(rows))
     direct = tiling.split > 1 and rows % ROWS == 0
-    units = num_columns // tiling.columns * tiling.split
+    units = num_columns // tiling.columns * tiling.split * tiling.row_tiles(num_rows)
     empty: dict[str, Any] = {"num_arrivals": tiling.warpgroups, "num_barriers": tiling.stages}
     cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("half",)} if tiling.pair else {}
     return plgpu.kernel(
@@ -126,22 +127,29 @@ def _walk(
 ) -> None:
     """Kernel body. x_ref [rows, K]; w_ref [K, N]; out_ref [split, rows, N or N/2]."""
     warpgroup, worker, workers = lax.axis_index("warpgroup"), lax.axis_index("worker"), lax.axis_size("worker")
-    first_row = lax.axis_index("half") * tiling.rows if tiling.pair else worker * 0
-    across = w_ref.shape[1] // tiling.columns
+    half = lax.axis_index("half") * tiling.rows if tiling.pair else worker * 0
+    across, down = w_ref.shape[1] // tiling.columns, tiling.row_tiles(x_ref.shape[0])
+    height = tiling.rows * tiling.blocks
+    group = max(1, min(down, TOGETHER // (height * x_ref.shape[1] * x_ref.dtype.itemsize)))
     steps = x_ref.shape[1] // DEPTH // tiling.split
     mine = lax.div(units - worker + workers - 1, workers)
     total = mine * steps
 
-    def tile_of(unit: Any) -> tuple[Any, Any]:
-        """(column of tiles, part of K) of this worker's next tile: neighbours read neighbouring columns."""
+    def tile_of(unit: Any) -> tuple[Any, Any, Any]:
+        """(first row, column of tiles, part of K) of this worker's next tile: neighbours read the same columns of w, or
+        neighbouring ones, and rows that stay in L2 until a group of them is through."""
         place = worker + unit * workers
-        return lax.rem(place, across), lax.div(place, across)
+        if down == 1:
+            return half, lax.rem(place, across), lax.div(place, across)
+        first = lax.div(place, across * group) * group
+        inside, rows = lax.rem(place, across * group), jnp.minimum(down - first, group)
+        return half + (first + lax.rem(inside, rows)) * height, lax.div(inside, rows), 0
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _load() -> None:
         @pl.loop(0, mine)
         def _tile_by_tile(unit: Any) -> None:
-            column, part = tile_of(unit)
+            row, column, part = tile_of(unit)
 
             @pl.loop(0, steps)
             def _step_by_step(step: Any) -> None:
@@ -152,7 +160,7 @@ def _walk(
                 columns = pl.ds(column * tiling.columns, tiling.columns)
                 both: dict[str, Any] = {"collective_axes": "half"} if tiling.pair else {}
                 plgpu.copy_gmem_to_smem(w_ref.at[depth, columns], w_smem.at[slot], full.at[slot], **both)
-                rows = x_ref.at[pl.ds(first_row, copied), depth]
+                rows = x_ref.at[pl.ds(row, copied), depth]
                 plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, pl.ds(0, copied)], full.at[slot])
 
     @pl.when(warpgroup < tiling.warpgroups)
@@ -164,7 +172,7 @@ def _walk(
 
         @pl.loop(0, mine)
         def _tile_by_tile(unit: Any) -> None:
-            column, part = tile_of(unit)
+            row, column, part = tile_of(unit)
 
             def multiply(sums: Any) -> Any:
                 @pl.loop(0, steps)
@@ -184,7 +192,7 @@ def _walk(
             if swiglu:
                 gate, up = split_pairs(sums, interpret=interpret)
                 sums = gate / (1 + jnp.exp(-gate)) * up
-            row, width = first_row + warpgroup * ROWS, sums.shape[1]
+            row, width = row + warpgroup * ROWS, sums.shape[1]
             target = out_ref.at[part, pl.ds(row, min(ROWS, copied)), pl.ds(column * width, width)]
             if direct:
                 target[...] = sums  # straight from registers: four lanes fill a sector of 32 bytes, and nothing waits

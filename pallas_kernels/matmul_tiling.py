@@ -1,4 +1,4 @@
-"""How a product of few rows is cut into work for a Hopper GPU: a small model of its time, no table of shapes."""
+"""How a product is cut into work for a Hopper GPU: a small model of its time, no table of shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DEPTH = 64  # of K a step: 128 bytes, the widest swizzle; narrower ones measured
 ROWS = 64  # a warpgroup's
 COLUMNS = (64, 128, 192, 256)
 SPLITS = (1, 2, 4, 8)
-MAX_ROWS = 256
+TOGETHER = 2**25  # bytes of x that tiles share while they are multiplied: they stay in L2 meanwhile
 SMEM = 231_000  # bytes that a thread block may use, less its barriers and their alignment
 # Measured on an H100, in microseconds: bytes of HBM, of HBM through one multiprocessor, of L2 into one
 # multiprocessor; float operations of one multiprocessor; bytes of parts written and read again.
@@ -22,7 +22,8 @@ LATENCY, TILE, KERNEL = 1.05, 3.0, 1.0
 class Tiling:
     """A thread block multiplies `rows` x `columns` over a `split`th of K, `stages` steps of it in flight.
 
-    With `pair`, two blocks share the weights that they load: one takes the upper rows, one the lower.
+    With `pair`, two blocks share the weights that they load: one takes the upper rows, one the lower. More rows than
+    that are tiles of their own.
     """
 
     rows: int
@@ -39,14 +40,17 @@ class Tiling:
     def warpgroups(self) -> int:
         return self.rows // ROWS
 
+    def row_tiles(self, m: int) -> int:
+        return -(-m // (self.rows * self.blocks))
+
 
 def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
     """The fastest tiling for x [m, k] times w [k, n], by `microseconds`.
 
-    Raises ValueError naming what does not divide, and for more than 256 rows.
+    Raises ValueError naming what does not divide, and for no rows.
     """
-    if not 1 <= m <= MAX_ROWS:
-        raise ValueError(f"matmul_mosaic takes 1 to {MAX_ROWS} rows: got {m}")
+    if m < 1:
+        raise ValueError(f"matmul_mosaic takes 1 row and more: got {m}")
     if k % DEPTH:
         raise ValueError(f"matmul_mosaic needs w's rows to be a multiple of {DEPTH}: got {k}")
     if n % COLUMNS[0]:
@@ -57,7 +61,7 @@ def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
 
 def microseconds(tiling: Tiling, m: int, k: int, n: int) -> float:
     """What the product would take: the slower of memory and the busiest multiprocessor, and what splitting adds."""
-    units = n // tiling.columns * tiling.split * tiling.blocks
+    units = n // tiling.columns * tiling.split * tiling.blocks * tiling.row_tiles(m)
     waves = -(-units // SMS)
     steps = k // DEPTH // tiling.split
     loaded = 2 * DEPTH * (min(tiling.rows, padded(m)) + tiling.columns)
@@ -78,7 +82,9 @@ def padded(m: int) -> int:
 
 def _tilings(m: int, swiglu: bool) -> list[Tiling]:
     """Every tiling for m rows that fits registers (128 sums a thread at most) and shared memory."""
-    if m > 2 * ROWS:
+    if m > 4 * ROWS:
+        shapes = [(2 * ROWS, True)]
+    elif m > 2 * ROWS:
         shapes = [(192 if m <= 192 else 256, False), (128, True)]
     else:
         shapes = [(ROWS if m <= ROWS else 2 * ROWS, False)]
@@ -86,7 +92,7 @@ def _tilings(m: int, swiglu: bool) -> list[Tiling]:
     for rows, pair in shapes:
         for columns in COLUMNS:
             for split in SPLITS:
-                if rows * columns > 2**15 or (swiglu and split > 1):
+                if rows * columns > 2**15 or (split > 1 and (swiglu or m > 4 * ROWS)):
                     continue
                 output = output_bytes(m, rows, columns, parts=split > 1, swiglu=swiglu)
                 stages = min(12, (SMEM - output) // (2 * DEPTH * (rows + columns)))

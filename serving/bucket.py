@@ -41,10 +41,11 @@ class Bucket:
 class BucketTable:
     """The buckets of an engine: few, since each is an executable.
 
-    Decoding alone has rows of many sizes, powers of two and three quarters of the largest, on a GPU below 32 just 1 and
-    8, for up to there a step takes as long as reading the weights does; beside chunks there are none or the most there
-    can be, because a chunk's products dwarf those of padded rows. All sizes are multiples of
-    `num_partitions`, each of which has an equal share of the rows, and of what else the layout splits rows into.
+    Decoding alone has rows of many sizes, powers of two and three quarters of the largest, on a GPU below 32 just 2 and
+    8, for up to there a step takes as long as reading the weights does, and a norm of one row is two kernels of XLA's
+    where one of several rows is one; beside chunks there are none or the most there can be, because a chunk's products
+    dwarf those of padded rows. All sizes are multiples of `num_partitions`, each of which has an equal share of the
+    rows, and of what else the layout splits rows into.
     `full`: their steps have all of the sampler. `single`: only the largest, so that every step runs the same program.
     """
 
@@ -71,7 +72,7 @@ class BucketTable:
         decodes, tokens = max_decodes // multiple, max_num_batched_tokens // multiple
         # A GPU's step takes as long for 64 tokens as for 256, the time of reading the weights.
         fewest = min(-(-(64 if on_cpu else 256) // multiple), tokens)
-        sizes = {*_ladder(1, decodes, 2), max(1, decodes * 3 // 4)} - (set() if on_cpu else {2, 4, 16}) | {decodes}
+        sizes = {*_ladder(1, decodes, 2), max(1, decodes * 3 // 4)} - (set() if on_cpu else {1, 4, 16}) | {decodes}
         return cls(
             decodes=tuple(n * multiple for n in sorted(sizes)),
             chunk_tokens=tuple(n * multiple for n in _ladder(fewest, tokens, 4)),

@@ -166,10 +166,11 @@ def _peaks_and_masses(blocks: Float[Array, "R N b"]) -> tuple[Float[Array, "R N"
     """Each block's largest logit, and the sum of exp(logit - largest), in one pass (Milakov and Gimelshein 2018)."""
 
     def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        peak = jnp.maximum(a[0], b[0])
-        # Where both are -inf, their difference would be NaN.
-        first, second = (mass * jnp.exp(jnp.where(own == peak, 0.0, own - peak)) for own, mass in (a, b))
-        return peak, first + second
+        # One power a pair, for that of the larger peak is 1: powers are what this costs. Where both are -inf, their
+        # difference would be NaN.
+        decay = jnp.exp(jnp.where(a[0] == b[0], 0.0, -jnp.abs(a[0] - b[0])))
+        larger, smaller = jnp.where(a[0] >= b[0], a[1], b[1]), jnp.where(a[0] >= b[0], b[1], a[1])
+        return jnp.maximum(a[0], b[0]), larger + smaller * decay
 
     start = jnp.float32(-jnp.inf), jnp.float32(0)
     return jax.lax.reduce((blocks, jnp.ones_like(blocks)), start, join, dimensions=(2,))

@@ -46,6 +46,7 @@ def test_the_reference_equals_numpy(epilogue: str) -> None:
         (100, 128, 128, "none", Tiling(128, 64, 2, 3)),  # two warpgroups; parts without a buffer
         (60, 128, 64, "none", Tiling(64, 64, 2, 3)),
         pytest.param(130, 128, 128, "none", Tiling(128, 64, 1, 3, pair=True), marks=NEW),  # blocks that share weights
+        (300, 128, 128, "swiglu", Tiling(64, 64, 1, 3)),  # tiles of rows, some of them not whole
     ],
 )
 def test_the_kernel_equals_numpy(m: int, k: int, n: int, epilogue: str, tiling: Tiling) -> None:
@@ -56,6 +57,14 @@ def test_the_kernel_equals_numpy(m: int, k: int, n: int, epilogue: str, tiling: 
     assert relative_error(out, exact(x, w, epilogue)) <= TOLERANCE
     added = matmul_mosaic(x, w, epilogue=epilogue, residual=residual, tiling=tiling, interpret=True)
     assert relative_error(added, exact(x, w, epilogue, residual)) <= TOLERANCE
+
+
+def test_groups_of_rows_cover_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tiles of rows in groups of two, the last of which has one."""
+    monkeypatch.setattr("paddock.pallas_kernels.matmul_mosaic.TOGETHER", 2 * 64 * 128 * 2)
+    x, w = operands(5 * 64, 128, 192)
+    out = matmul_mosaic(x, w, tiling=Tiling(64, 64, 1, 3), interpret=True)
+    assert relative_error(out, exact(x, w)) <= TOLERANCE
 
 
 def test_a_tile_after_another_starts_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +105,7 @@ def test_parts_are_added_and_normed(name: str) -> None:
     ("dtype", "m", "k", "n", "named"),
     [
         (jnp.float32, 8, 128, 128, "float32"),
-        (jnp.bfloat16, 257, 128, 128, "1 to 256 rows: got 257"),
+        (jnp.bfloat16, 0, 128, 128, "1 row and more: got 0"),
         (jnp.bfloat16, 8, 96, 128, "rows to be a multiple of 64: got 96"),
         (jnp.bfloat16, 8, 128, 96, "columns to be a multiple of 64: got 96"),
     ],
@@ -140,14 +149,15 @@ def test_refused_where_there_is_no_gpu() -> None:
         matmul_mosaic(x, w)
 
 
-@pytest.mark.parametrize("m", [1, 8, 64, 65, 128, 192, 193, 256])
+@pytest.mark.parametrize("m", [1, 8, 64, 65, 128, 192, 193, 256, 257, 8448])
 @pytest.mark.parametrize(
     ("k", "n"), [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (2048, 3072), (3072, 5120), (576, 960)]
 )
 def test_tiles_cover_the_product_and_fit(m: int, k: int, n: int) -> None:
     for swiglu in (False, True):
         tiling = choose_tiling(m, k, n, swiglu=swiglu)
-        assert tiling.rows * tiling.blocks >= m
+        assert tiling.rows * tiling.blocks * tiling.row_tiles(m) >= m
+        assert tiling.split == 1 or tiling.row_tiles(m) == 1
         assert n % tiling.columns == 0
         assert k % (DEPTH * tiling.split) == 0
         leaving = output_bytes(m, tiling.rows, tiling.columns, parts=tiling.split > 1, swiglu=swiglu)

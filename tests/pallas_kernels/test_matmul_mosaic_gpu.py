@@ -14,7 +14,7 @@ TOLERANCE = 3e-3
 EPS = 1e-5
 
 
-@pytest.mark.parametrize("m", [1, 7, 64, 65, 130, 192, 256])
+@pytest.mark.parametrize("m", [1, 7, 64, 65, 130, 192, 256, 300, 4352])
 @pytest.mark.parametrize(("k", "n", "epilogue"), [(1024, 6144, "none"), (512, 28672, "swiglu"), (576, 960, "none")])
 def test_products_equal_numpy(m: int, k: int, n: int, epilogue: str) -> None:
     x, w = operands(m, k, n)
