@@ -25,6 +25,7 @@ class Decoding:
     def __init__(self, num_slots: int):
         self._table = np.zeros((5, num_slots), np.int64)  # ticks outgrow 32 bits
         self._seqs: list[Sequence] = []
+        self._num_eager = 0
         self._all: tuple[Sequence, ...] | None = None
         self._all_ready = 0  # the tick from which on all are
         self._quiet = 0  # for so many ticks of all no pages run full and nobody completes
@@ -36,6 +37,11 @@ class Decoding:
 
     def __getitem__(self, index: int) -> Sequence:
         return self._seqs[index]
+
+    @property
+    def is_patient(self) -> bool:
+        """All of them are."""
+        return not self._num_eager
 
     @property
     def all(self) -> tuple[Sequence, ...]:
@@ -51,6 +57,7 @@ class Decoding:
         self._table[:, index + 1 : end + 1] = self._table[:, index:end]
         self._table[:, index] = seq.slot, seq.num_computed, len(seq.pages) * page_size, seq.last_computed, ready
         self._seqs.insert(index, seq)
+        self._num_eager += not seq.patient
         self._all, self._all_ready, self._quiet, seq.decoding = None, max(self._all_ready, ready), 0, self
 
     def remove(self, seq: Sequence) -> None:
@@ -59,6 +66,7 @@ class Decoding:
         seq.decoding, seq.num_computed = None, int(self._table[_COMPUTED, index])
         self._table[:, index : end - 1] = self._table[:, index + 1 : end]
         del self._seqs[index]
+        self._num_eager -= not seq.patient
         self._all = None
 
     def num_computed(self, seq: Sequence) -> int:

@@ -99,7 +99,7 @@ class Engine:
             if bad is not None:
                 raise ValueError(f"{name} names token {bad}, but token ids are 0 to {limits.vocab_size - 1}")
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+    def add(self, prompt_token_ids: list[int], params: SamplingParams, *, patient: bool = False) -> list[Sequence]:
         """Queue the `n` sequences of a request that `check` let pass."""
         room = self.limits.max_model_len - len(prompt_token_ids)
         stops = frozenset(params.stop_token_ids or ())
@@ -116,6 +116,7 @@ class Engine:
                 max_tokens=min(params.max_tokens or room, room),
                 stop_token_ids=stops if params.ignore_eos else stops | self.limits.eos_token_ids,
                 num_prompt_scored=0 if index == 0 else len(prompt_token_ids),
+                patient=patient,
             )
             self.scheduler.add(seq)
             sequences.append(seq)

@@ -110,6 +110,7 @@ class EngineLoop:
         prompt: str | None = None,
         request_id: str | None = None,
         output_kind: OutputKind = "delta",
+        patient: bool = False,
         on_event: Callable[[RequestStream], None] | None = None,
     ) -> RequestStream:
         """A request that `Engine.check` let pass, for `admit`; `prompt` is its text, if there is one.
@@ -125,6 +126,7 @@ class EngineLoop:
             times=RequestTimes(arrival=time.monotonic()),
             abort=self._abort,
             output_kind=output_kind,
+            patient=patient,
             on_event=on_event,
         )
 
@@ -245,7 +247,7 @@ class EngineLoop:
         ]
         turn = Turn(
             self._lockstep.step,
-            tuple(Admission(stream.prompt_token_ids, stream.params) for stream in wishes.admitted),
+            tuple(Admission(stream.prompt_token_ids, stream.params, stream.patient) for stream in wishes.admitted),
             tuple(seq_id for *_, seq_id in ending),
             self._lockstep.digest,
         )

@@ -71,13 +71,15 @@ class Front:
         requests: Sequence[Request],
         *,
         output_kind: OutputKind = "delta",
+        patient: bool = False,
         on_event: Callable[[RequestStream], None] | None = None,
     ) -> list[RequestStream]:
         """Queue requests whose outputs are wanted together: each replica takes its own all before its next step, those
         first that may become longest.
 
         Long ones that start last end almost alone, in steps that take nearly as long for one sequence as for many:
-        "longest processing time first" (Graham 1969). Raises as `submit` does, and then queues none.
+        "longest processing time first" (Graham 1969). `patient`: nobody minds when their tokens come, so that they may
+        wait for prompts (see Scheduler). Raises as `submit` does, and then queues none.
         """
         prompts = [self.tokenize(one.prompt) if isinstance(one.prompt, str) else list(one.prompt) for one in requests]
         for one, token_ids in zip(requests, prompts, strict=True):
@@ -96,6 +98,7 @@ class Front:
                     prompt=one.prompt if isinstance(one.prompt, str) else None,
                     request_id=one.request_id,
                     output_kind=output_kind,
+                    patient=patient,
                     on_event=on_event,
                 )
                 streams.append(stream)

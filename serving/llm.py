@@ -54,7 +54,7 @@ class LLM:
         requests = [Request(_token_ids_or_text(prompt), one) for prompt, one in zip(listed, params, strict=True)]
         events: queue.SimpleQueue[RequestStream] = queue.SimpleQueue()
         results: list[RequestOutput | None] = [None] * len(listed)
-        submitted = self.engine.submit_all(requests, output_kind="final", on_event=events.put)
+        submitted = self.engine.submit_all(requests, output_kind="final", patient=True, on_event=events.put)
         streams = {stream: index for index, stream in enumerate(submitted)}
         try:
             with tqdm(total=len(listed), desc="Generating", unit="request", disable=not use_tqdm) as bar:

@@ -76,10 +76,11 @@ class RequestStream:
         times: RequestTimes,
         abort: Callable[[RequestStream, list[int], str], None],
         output_kind: OutputKind = "delta",
+        patient: bool = False,
         on_event: Callable[[RequestStream], None] | None = None,
     ):
         self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, prompt_token_ids
-        self.params, self.times, self.output_kind = params, times, output_kind
+        self.params, self.times, self.output_kind, self.patient = params, times, output_kind, patient
         self.sequences: list[Seq] = []  # the engine thread's
         self._tokenizer, self._abort, self._on_event = tokenizer, abort, on_event
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()

@@ -90,6 +90,9 @@ class Scheduler:
     then may be scheduled again. Taking at most an equal share of the decoding sequences each tick keeps `num_stages`
     groups of the same size in flight, and prompts are cut so that there is a chunk for every stage.
 
+    Sequences that are patient, if no others decode, wait while there are prompts for whole steps: then more of them
+    decode together, in steps that take little longer for it, and end together. No longer than there are free slots.
+
     `chunk_sizes` are the numbers of prompt tokens that steps are compiled for, ascending. Prompts are cut to them
     rather than padded: 600 tokens in a step compiled for 4,096 would take as long as 4,096.
     """
@@ -141,7 +144,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
         self._tick += 1
-        shares = [self._decode(part) for part in self.partitions]
+        if self._prompts_go_first():
+            shares = [Schedule((), ()) for _ in self.partitions]
+        else:
+            shares = [self._decode(part) for part in self.partitions]
         chunks: tuple[Chunk, ...] = ()
         if self.waiting or any([part.prefilling for part in self.partitions]):
             chunks = self._take_prompts([bool(share.decodes) for share in shares])
@@ -150,6 +156,12 @@ class Scheduler:
         decodes = tuple(seq for share in shares for seq in share.decodes)
         rows = np.concatenate([share.decode_rows for share in shares], axis=1)
         return Schedule(decodes, chunks, rows, entered=tuple(page for share in shares for page in share.entered))
+
+    def _prompts_go_first(self) -> bool:
+        """Not over stages, where groups that decode keep the others busy."""
+        if not self.waiting or self.num_stages > 1 or not all([part.decoding.is_patient for part in self.partitions]):
+            return False
+        return all(left >= self.max_num_batched_tokens for left, _ in self._prompts())
 
     def _take_prompts(self, beside: list[bool]) -> tuple[Chunk, ...]:
         """Chunks of prompts; `beside` says of each partition whether it has decoding rows in the step, too."""

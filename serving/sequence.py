@@ -49,6 +49,8 @@ class Sequence:
     stop_reason: int | None = None
     # Prompt positions whose log-probabilities were already handed out; survives preemption.
     num_prompt_scored: int = 0
+    # Nobody minds when its tokens come, as long as all come soon.
+    patient: bool = False
 
     @property
     def num_computed(self) -> int:

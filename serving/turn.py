@@ -17,10 +17,11 @@ from .sequence import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A request that joins: `params.n` sequences of one prompt."""
+    """A request that joins: `params.n` sequences of one prompt; `patient`: see Sequence."""
 
     prompt_token_ids: ListOf[int]
     params: SamplingParams
+    patient: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Turn:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
-        admitted = [[list(a.prompt_token_ids), dataclasses.asdict(a.params)] for a in self.admitted]
+        admitted = [[list(a.prompt_token_ids), dataclasses.asdict(a.params), a.patient] for a in self.admitted]
         return {"step": self.step, "admitted": admitted, "aborted": self.aborted, "digest": self.digest}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Turn:
-        admitted = tuple(Admission(ids, SamplingParams(**params)) for ids, params in values["admitted"])
+        admitted = tuple(
+            Admission(ids, SamplingParams(**params), patient) for ids, params, patient in values["admitted"]
+        )
         return cls(values["step"], admitted, tuple(values["aborted"]), values["digest"])
 
 
@@ -64,7 +67,7 @@ class Lockstep:
                 f"the schedules of the processes differ: after step {turn.step} process 0 had {turn.digest:08x}, this "
                 f"process has {self.digest:08x} after step {self.step}"
             )
-        joined = [self.engine.add(list(a.prompt_token_ids), a.params) for a in turn.admitted]
+        joined = [self.engine.add(list(a.prompt_token_ids), a.params, patient=a.patient) for a in turn.admitted]
         for seq in (seq for sequences in joined for seq in sequences):
             self._alive[seq.seq_id] = seq
             self.num_sequences += 1

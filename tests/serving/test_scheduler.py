@@ -27,7 +27,7 @@ def make(
     return Scheduler(pools, max_num_seqs=seqs, max_num_batched_tokens=tokens, max_chunks=chunks, num_stages=stages)
 
 
-def sequence(seq_id: int, num_prompt: int, max_tokens: int = 8) -> Sequence:
+def sequence(seq_id: int, num_prompt: int, max_tokens: int = 8, *, patient: bool = False) -> Sequence:
     return Sequence(
         seq_id=seq_id,
         prompt_token_ids=list(range(num_prompt)),
@@ -35,6 +35,7 @@ def sequence(seq_id: int, num_prompt: int, max_tokens: int = 8) -> Sequence:
         seed=0,
         max_tokens=max_tokens,
         stop_token_ids=frozenset(),
+        patient=patient,
     )
 
 
@@ -290,3 +291,37 @@ def test_a_chunk_is_stale_once_its_sequence_gave_way() -> None:
     assert chunk.is_stale
     (again,) = scheduler.schedule().chunks
     assert (chunk.is_stale, again.is_stale) == (True, False), "even in the same slot"
+
+
+def test_patient_sequences_wait_for_prompts_that_fill_whole_steps() -> None:
+    scheduler = make(num_pages=65, seqs=8, tokens=16)
+    for seq_id in range(5):
+        scheduler.add(sequence(seq_id, 8, patient=True))
+    steps = [scheduler.schedule() for _ in range(4)]
+    # Two prompts a step; the fifth fills none, so that those before it decode beside it.
+    assert [(len(step.chunks), len(step.decodes)) for step in steps] == [(2, 0), (2, 0), (1, 4), (0, 5)]
+    read(steps, scheduler)
+    assert [len(seq.output_token_ids) for seq in scheduler.running] == [3, 3, 3, 3, 2]
+
+
+def test_one_that_is_not_patient_lets_all_decode() -> None:
+    scheduler = make(num_pages=65, seqs=8, tokens=16)
+    for seq_id in range(6):
+        scheduler.add(sequence(seq_id, 8, patient=seq_id != 2))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert [(len(step.chunks), len(step.decodes)) for step in steps] == [(2, 0), (2, 0), (2, 4)]
+    scheduler.finish(scheduler.running[2], "abort")
+    scheduler.add(sequence(6, 16))
+    assert [(len(step.chunks), len(step.decodes)) for step in (scheduler.schedule(), scheduler.schedule())] == [
+        (1, 0),
+        (0, 6),
+    ]
+
+
+def test_patience_ends_with_the_free_slots() -> None:
+    """However many prompts wait, those that decode hold slots that nobody else can have."""
+    scheduler = make(num_pages=65, seqs=4, tokens=16)
+    for seq_id in range(9):
+        scheduler.add(sequence(seq_id, 8, patient=True))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert [(len(step.chunks), len(step.decodes)) for step in steps] == [(2, 0), (2, 0), (0, 4)]
