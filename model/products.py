@@ -27,11 +27,14 @@ def project(x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
 class Products:
     """The compiler's: it fuses what it can, and puts in the sums over devices where the layout needs them.
 
-    `fused_swiglu`, if there is one, computes `swiglu` without bias for `fused_from` rows and more, in one kernel.
+    Where there is no bias `fused_swiglu` computes `swiglu` for as many rows as are in `fused_rows`, and `added`, of
+    hidden rows, weight and residual stream, ends a block for as many as are in `added_rows`.
     """
 
     fused_swiglu: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    fused_from: int = 1
+    fused_rows: range = range(0)
+    added: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    added_rows: range = range(0)
 
     def project(self, x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
         """See `project`."""
@@ -41,7 +44,7 @@ class Products:
         self, x: Float[Array, "T D"], gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None
     ) -> Float[Array, "T F"]:
         """SwiGLU's hidden rows (Shazeer 2020)."""
-        if self.fused_swiglu is not None and bias is None and x.shape[0] >= self.fused_from:
+        if self.fused_swiglu is not None and bias is None and x.shape[0] in self.fused_rows:
             return self.fused_swiglu(x, gate_up)
         both = self.project(x, gate_up)
         if bias is not None:
@@ -61,6 +64,8 @@ class Products:
 
         `norm` is None after the last layer.
         """
+        if self.added is not None and bias is None and x.shape[0] in self.added_rows:
+            return self.added(hidden, weight, x), None
         out = hidden @ weight
         out = out if bias is None else out + bias[None]
         return placed.residual(x + placed.residual(out)), None

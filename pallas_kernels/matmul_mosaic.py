@@ -8,7 +8,10 @@ multiprocessors, its rows are split as well, and what comes next adds the parts 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,7 +72,6 @@ def multiply(
     check_matmul_mosaic(x.dtype, num_rows, depth, num_columns)
     tiling = tiling or choose_tiling(num_rows, depth, num_columns, swiglu=swiglu)
     swiglu = swiglu and tiling.split == 1
-    columns = tiling.columns // 2 if swiglu else tiling.columns
     dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else x.dtype
     rows = tiling.rows * tiling.blocks * tiling.row_tiles(num_rows)
     if tiling.rows == ROWS and not interpret:
@@ -78,18 +80,24 @@ def multiply(
         rows = num_rows if num_rows < 8 else padded(num_rows)
     copied = min(tiling.rows, padded(rows))
     direct = tiling.split > 1 and rows % ROWS == 0
-    units = num_columns // tiling.columns * tiling.split * tiling.row_tiles(num_rows)
+    bands = tiling.bands(num_columns)
+    # The interpreter knows no memory that is used twice.
+    together: Callable[[Any], Any] = tuple if interpret else lambda refs: plgpu.RefUnion(*refs)
+    sector = (8, 32) if direct else None
+    widths = [columns // (2 if swiglu else 1) for _, columns, _ in bands]
+    units = max(tiles for _, _, tiles in bands) * tiling.split * tiling.row_tiles(num_rows)
     empty: dict[str, Any] = {"num_arrivals": tiling.warpgroups, "num_barriers": tiling.stages}
     cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("half",)} if tiling.pair else {}
     return plgpu.kernel(
-        bound(_walk, tiling=tiling, units=units, swiglu=swiglu, copied=copied, direct=direct, interpret=interpret),
+        bound(_walk, tiling=tiling, swiglu=swiglu, copied=copied, direct=direct, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((tiling.split, rows, num_columns // (2 if swiglu else 1)), dtype),
         scratch_types=dict(
             x_smem=_tile((tiling.stages, tiling.rows, DEPTH), x.dtype),
-            w_smem=_tile((tiling.stages, DEPTH, tiling.columns), x.dtype),
-            out_smem=_tile((tiling.warpgroups, *((8, 32) if direct else (ROWS, columns))), dtype),
+            w_smem=together([_tile((tiling.stages, DEPTH, columns), x.dtype) for _, columns, _ in bands]),
+            out_smem=together([_tile((tiling.warpgroups, *(sector or (ROWS, width))), dtype) for width in widths]),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
             empty=plgpu.ClusterBarrier(collective_axes=("half",), **empty) if tiling.pair else plgpu.Barrier(**empty),
+            stored=plgpu.Barrier(num_arrivals=tiling.warpgroups),
         ),
         grid=(min(units, SMS // tiling.blocks),),
         grid_names=("worker",),
@@ -103,7 +111,7 @@ def multiply(
 
 def _tile(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the widest swizzle that divides its rows: 128 bytes, or 64 for half a tile of 64 columns."""
-    width = min(128 // jnp.dtype(dtype).itemsize, shape[-1])
+    width = math.gcd(128 // jnp.dtype(dtype).itemsize, shape[-1])
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -118,8 +126,8 @@ def _walk(
     out_smem: Any,
     full: Any,
     empty: Any,
+    stored: Any,
     tiling: Tiling,
-    units: int,
     swiglu: bool,
     copied: int,
     direct: bool,
@@ -128,79 +136,113 @@ def _walk(
     """Kernel body. x_ref [rows, K]; w_ref [K, N]; out_ref [split, rows, N or N/2]."""
     warpgroup, worker, workers = lax.axis_index("warpgroup"), lax.axis_index("worker"), lax.axis_size("worker")
     half = lax.axis_index("half") * tiling.rows if tiling.pair else worker * 0
-    across, down = w_ref.shape[1] // tiling.columns, tiling.row_tiles(x_ref.shape[0])
-    height = tiling.rows * tiling.blocks
-    group = max(1, min(down, TOGETHER // (height * x_ref.shape[1] * x_ref.dtype.itemsize)))
     steps = x_ref.shape[1] // DEPTH // tiling.split
-    mine = lax.div(units - worker + workers - 1, workers)
-    total = mine * steps
+    height, down = tiling.rows * tiling.blocks, tiling.row_tiles(x_ref.shape[0])
+    group = max(1, min(down, TOGETHER // (height * x_ref.shape[1] * x_ref.dtype.itemsize)))
+    rings = zip(tiling.bands(w_ref.shape[1]), w_smem, out_smem, strict=True)
+    bands = [_Band(*band, ring, buffers, 0, 0) for band, ring, buffers in rings]
+    total = worker * 0
+    for band in bands:
+        band.before, units = total, band.tiles * tiling.split * down
+        band.mine = lax.div(units - worker + workers - 1, workers)
+        total = total + band.mine * steps
 
-    def tile_of(unit: Any) -> tuple[Any, Any, Any]:
+    def tile_of(band: _Band, unit: Any) -> tuple[Any, Any, Any]:
         """(first row, column of tiles, part of K) of this worker's next tile: neighbours read the same columns of w, or
         neighbouring ones, and rows that stay in L2 until a group of them is through."""
         place = worker + unit * workers
         if down == 1:
-            return half, lax.rem(place, across), lax.div(place, across)
-        first = lax.div(place, across * group) * group
-        inside, rows = lax.rem(place, across * group), jnp.minimum(down - first, group)
+            return half, lax.rem(place, band.tiles), lax.div(place, band.tiles)
+        first = lax.div(place, band.tiles * group) * group
+        inside, rows = lax.rem(place, band.tiles * group), jnp.minimum(down - first, group)
         return half + (first + lax.rem(inside, rows)) * height, lax.div(inside, rows), 0
 
-    @pl.when(warpgroup == tiling.warpgroups)
-    def _load() -> None:
-        @pl.loop(0, mine)
+    def load_band(band: _Band) -> None:
+        @pl.loop(0, band.mine)
         def _tile_by_tile(unit: Any) -> None:
-            row, column, part = tile_of(unit)
+            row, column, part = tile_of(band, unit)
+            columns = pl.ds(band.first + column * band.columns, band.columns)
 
             @pl.loop(0, steps)
             def _step_by_step(step: Any) -> None:
-                done = unit * steps + step
+                done = band.before + unit * steps + step
                 slot = lax.rem(done, tiling.stages)
                 pl.when(done >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 depth = pl.ds((part * steps + step) * DEPTH, DEPTH)
-                columns = pl.ds(column * tiling.columns, tiling.columns)
                 both: dict[str, Any] = {"collective_axes": "half"} if tiling.pair else {}
-                plgpu.copy_gmem_to_smem(w_ref.at[depth, columns], w_smem.at[slot], full.at[slot], **both)
+                plgpu.copy_gmem_to_smem(w_ref.at[depth, columns], band.ring.at[slot], full.at[slot], **both)
                 rows = x_ref.at[pl.ds(row, copied), depth]
                 plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, pl.ds(0, copied)], full.at[slot])
 
-    @pl.when(warpgroup < tiling.warpgroups)
-    def _multiply_and_store() -> None:
-        def release(done: Any) -> None:
-            # Only to a load that is still to come: the last ones wait for nobody.
-            slot = lax.rem(done, tiling.stages)
-            pl.when(done + tiling.stages < total)(lambda: plgpu.barrier_arrive(empty.at[slot]))
+    def release(done: Any) -> None:
+        # Only to a load that is still to come: the last ones wait for nobody.
+        slot = lax.rem(done, tiling.stages)
+        pl.when(done + tiling.stages < total)(lambda: plgpu.barrier_arrive(empty.at[slot]))
 
-        @pl.loop(0, mine)
+    def multiply_band(band: _Band) -> None:
+        @pl.loop(0, band.mine)
         def _tile_by_tile(unit: Any) -> None:
-            row, column, part = tile_of(unit)
+            row, column, part = tile_of(band, unit)
+            before = band.before + unit * steps
 
             def multiply(sums: Any) -> Any:
                 @pl.loop(0, steps)
                 def _step_by_step(step: Any) -> None:
-                    done = unit * steps + step
-                    slot = lax.rem(done, tiling.stages)
+                    slot = lax.rem(before + step, tiling.stages)
                     plgpu.barrier_wait(full.at[slot])
                     rows = x_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)]
-                    plgpu.wgmma(sums, rows, w_smem.at[slot])
+                    plgpu.wgmma(sums, rows, band.ring.at[slot])
                     plgpu.wgmma_wait(1)
-                    pl.when(step > 0)(lambda: release(done - 1))
+                    pl.when(step > 0)(lambda: release(before + step - 1))
 
                 return sums[...]
 
-            sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tiling.columns), jnp.float32))
-            release(unit * steps + steps - 1)
+            sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, band.columns), jnp.float32))
+            release(before + steps - 1)
             if swiglu:
                 gate, up = split_pairs(sums, interpret=interpret)
                 sums = gate / (1 + jnp.exp(-gate)) * up
             row, width = row + warpgroup * ROWS, sums.shape[1]
-            target = out_ref.at[part, pl.ds(row, min(ROWS, copied)), pl.ds(column * width, width)]
+            place = pl.ds(band.first * width // band.columns + column * width, width)
+            target = out_ref.at[part, pl.ds(row, min(ROWS, copied)), place]
             if direct:
                 target[...] = sums  # straight from registers: four lanes fill a sector of 32 bytes, and nothing waits
                 return
-            buffer = out_smem.at[warpgroup]
+            buffer = band.buffers.at[warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             buffer[...] = sums.astype(buffer.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, min(ROWS, copied))], target)
 
+    @pl.when(warpgroup == tiling.warpgroups)
+    def _load() -> None:
+        for band in bands:
+            load_band(band)
+
+    @pl.when(warpgroup < tiling.warpgroups)
+    def _multiply_and_store() -> None:
+        for band in bands:
+            multiply_band(band)
+            if band is not bands[-1]:  # the next one's buffers lie across those of this one's warpgroups
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(stored)
+                plgpu.barrier_wait(stored)
         plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass
+class _Band:
+    """Columns of w that tiles of one width cut; a worker has `mine` of them, after `before` steps of others.
+
+    The rings of all bands lie in the same memory, and so do the buffers for what leaves. A slot of a narrower ring ends
+    before that of a wider one does, so that it is free when the wider one's slots up to there are, in whose order they
+    are freed.
+    """
+
+    first: int
+    columns: int
+    tiles: int
+    ring: Any
+    buffers: Any
+    before: Any
+    mine: Any

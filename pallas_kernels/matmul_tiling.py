@@ -23,7 +23,8 @@ class Tiling:
     """A thread block multiplies `rows` x `columns` over a `split`th of K, `stages` steps of it in flight.
 
     With `pair`, two blocks share the weights that they load: one takes the upper rows, one the lower. More rows than
-    that are tiles of their own.
+    that are tiles of their own. The last `narrow[0]` tiles of a row of them have `narrow[1]` columns: 28,672 columns
+    are 64 tiles of 256 and 64 of 192, so that 64 pairs have as much to do and the other two nothing.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Tiling:
     split: int
     stages: int
     pair: bool = False
+    narrow: tuple[int, int] = (0, 0)
 
     @property
     def blocks(self) -> int:
@@ -42,6 +44,12 @@ class Tiling:
 
     def row_tiles(self, m: int) -> int:
         return -(-m // (self.rows * self.blocks))
+
+    def bands(self, n: int) -> list[tuple[int, int, int]]:
+        """(first column, columns of a tile, tiles) of what n columns are cut into."""
+        count, columns = self.narrow
+        wide = (n - count * columns) // self.columns
+        return [(0, self.columns, wide), (wide * self.columns, columns, count)][: 2 if count else 1]
 
 
 def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
@@ -56,19 +64,21 @@ def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
     if n % COLUMNS[0]:
         raise ValueError(f"matmul_mosaic needs w's columns to be a multiple of {COLUMNS[0]}: got {n}")
     fitting = [t for t in _tilings(m, swiglu) if n % t.columns == 0 and k % (DEPTH * t.split) == 0]
-    return min(fitting, key=lambda tiling: microseconds(tiling, m, k, n))
+    narrowed = [t for tiling in _tilings(m, swiglu) if tiling.split == 1 for t in _narrowed(tiling, k, n)]
+    return min([*fitting, *narrowed], key=lambda tiling: microseconds(tiling, m, k, n))
 
 
 def microseconds(tiling: Tiling, m: int, k: int, n: int) -> float:
     """What the product would take: the slower of memory and the busiest multiprocessor, and what splitting adds."""
-    units = n // tiling.columns * tiling.split * tiling.blocks * tiling.row_tiles(m)
-    waves = -(-units // SMS)
-    steps = k // DEPTH // tiling.split
-    loaded = 2 * DEPTH * (min(tiling.rows, padded(m)) + tiling.columns)
-    compute = 2 * tiling.rows * tiling.columns * DEPTH / FLOPS
-    step = max(compute, loaded / INGEST, LATENCY / (tiling.stages - 2))
-    memory = 2 * k * n / min(HBM, min(units, SMS) * HBM_EACH)
-    total = max(memory, waves * steps * step) + waves * TILE
+    steps, busiest, total, units = k // DEPTH // tiling.split, 0.0, 0.0, 0
+    for _, columns, tiles in tiling.bands(n):
+        units = tiles * tiling.split * tiling.blocks * tiling.row_tiles(m)
+        waves = -(-units // SMS)
+        loaded = 2 * DEPTH * (min(tiling.rows, padded(m)) + columns)
+        compute = 2 * tiling.rows * columns * DEPTH / FLOPS
+        busiest += waves * steps * max(compute, loaded / INGEST, LATENCY / (tiling.stages - 2))
+        total += waves * TILE
+    total += max(2 * k * n / min(HBM, min(units, SMS) * HBM_EACH), busiest)
     if tiling.split > 1:
         parts = 4 * tiling.split * padded(m) * n
         total += parts / WRITE + parts / READ + KERNEL
@@ -98,6 +108,19 @@ def _tilings(m: int, swiglu: bool) -> list[Tiling]:
                 stages = min(12, (SMEM - output) // (2 * DEPTH * (rows + columns)))
                 if stages > 2:
                     found.append(Tiling(rows, columns, split, stages, pair))
+    return found
+
+
+def _narrowed(tiling: Tiling, k: int, n: int) -> list[Tiling]:
+    """With tiles of fewer columns at the end of a row of them, which must begin in the first slot of the ring."""
+    if k // DEPTH % tiling.stages:
+        return []
+    found = []
+    for columns in (c for c in COLUMNS if c < tiling.columns):
+        for count in range(1, n // columns):
+            rest = n - count * columns
+            if rest > 0 and rest % tiling.columns == 0:
+                found.append(dataclasses.replace(tiling, narrow=(count, columns)))
     return found
 
 

@@ -69,10 +69,10 @@ class EngineConfig:
         "how a block is added to the residual stream and normed, where layers are whole on a device: xla, or an "
         "entry of the ADD_NORM table",
     )
-    swiglu: str = option(
+    products: str = option(
         "auto",
-        "how gates, ups and their SwiGLU are computed: xla, or an entry of the MATMUL table; mosaic is one kernel for "
-        "many rows, as of prompts, and leaves few to xla",
+        "who computes a layer's matrix products: xla, or an entry of the MATMUL table; mosaic takes those with SwiGLU "
+        "of many rows, and some of a large batch, and leaves the others to xla",
     )
     all_reduce: str = option(
         "auto", "xla, or an entry of the ALL_REDUCE table; mosaic sums up to 2 MiB at once and leaves more to xla"

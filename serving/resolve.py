@@ -28,7 +28,7 @@ from .kv_cache import page_bytes
 from .programs import Programs
 from .sampling_params import SamplingParams
 from .step_plan import StepPlan
-from .step_products import check_add_norm, check_hopper, choose_all_reduce, choose_swiglu
+from .step_products import check_add_norm, check_hopper, choose_all_reduce, choose_products
 
 logger = logging.getLogger("paddock")
 
@@ -116,18 +116,18 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         prefill_attention=config.prefill_attention,
         add_norm=config.add_norm,
         all_reduce=config.all_reduce,
-        swiglu=config.swiglu,
+        products=config.products,
         deterministic=config.deterministic,
     )
     logger.info(
-        "%s on %s, %s, %s decode, %s addition and norm, %s SwiGLU, %s all-reduces; %d pages of %d tokens (%.2f GiB per "
-        "device); %d sequences of %d, %d tokens a step",
+        "%s on %s, %s, %s decode, %s addition and norm, %s products, %s all-reduces; %d pages of %d tokens (%.2f GiB "
+        "per device); %d sequences of %d, %d tokens a step",
         config.model or "the bundled model",
         dict(layout.mesh.shape),
         dtype,
         plan.decode_attention,
         plan.add_norm,
-        plan.swiglu,
+        plan.products,
         plan.all_reduce,
         num_pages,
         config.block_size,
@@ -153,7 +153,7 @@ def plan_steps(
     prefill_attention: str = "auto",
     add_norm: str = "xla",
     all_reduce: str = "xla",
-    swiglu: str = "auto",
+    products: str = "auto",
     deterministic: bool = False,
 ) -> tuple[StepPlan, BucketTable]:
     """What steps have in common, and the shapes they come in. The layout's devices need not be there: described ones do
@@ -198,7 +198,7 @@ def plan_steps(
         branches=on_cpu and not deterministic,
         add_norm=check_add_norm(add_norm, layout, model.embed_dim),
         all_reduce=choose_all_reduce(all_reduce, layout, model.embed_dim, kind),
-        swiglu=choose_swiglu(swiglu, model, layout, kind),
+        products=choose_products(products, model, layout, kind),
         deterministic=deterministic,
     )
     buckets = BucketTable.of(

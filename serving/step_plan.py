@@ -38,7 +38,7 @@ class StepOutput(NamedTuple):
 class StepPlan:
     """What every executable of an engine has in common. `max_decodes` is the most decoding rows of a step.
 
-    `add_norm`, `all_reduce`, `swiglu`: see `step_products`.
+    `add_norm`, `all_reduce`, `products`: see `step_products`.
     `deterministic`: decoding rows attend as chunks of one token do, since a preempted sequence's tokens come back so.
     """
 
@@ -56,7 +56,7 @@ class StepPlan:
     branches: bool
     add_norm: str = "xla"
     all_reduce: str = "xla"
-    swiglu: str = "xla"
+    products: str = "xla"
     deterministic: bool = False
 
     @property

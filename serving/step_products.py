@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,10 +32,9 @@ COMPILER = "xla"
 MAILBOXES = "mailboxes"
 # Where the kernel was measured to be the faster one (docs/numbers.md): cards with NVLink, and devices that reduce.
 MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
-# Rows from which on the kernel with SwiGLU in it is faster than XLA's product and its kernel for that (H100, 8B shape,
-# us: 191 and 210 at 512 rows, 641 and 692 at 2,048, 1,284 and 1,372 at 4,096, 2,637 and 2,720 at 8,448, 202 and 134
-# at 300).
-FUSED_FROM = 512
+# Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those with SwiGLU in them, and those
+# that end a block; and any number that a step may have.
+FUSED_ROWS, ADDED_ROWS, ALL_ROWS = range(192, 2**20), range(192, 257), range(1, 2**20)
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
@@ -85,28 +82,28 @@ def check_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
     return name
 
 
-def choose_swiglu(name: str, config: LlamaConfig, layout: Layout, dtype: Any) -> str:
-    """`name`, with auto resolved: the Mosaic kernel where it can run.
+def choose_products(name: str, config: LlamaConfig, layout: Layout, dtype: Any) -> str:
+    """`name`, with auto resolved: the Mosaic kernels where they can run.
 
     Raises ValueError for what a model, a layout or a device cannot have.
     """
     if name == COMPILER:
         return name
     if name not in {"auto", *MATMUL}:
-        raise ValueError(f"swiglu {name!r} is unknown; there are {', '.join(sorted({*MATMUL, COMPILER}))}")
+        raise ValueError(f"products {name!r} is unknown; there are {', '.join(sorted({*MATMUL, COMPILER}))}")
     try:
-        if config.mlp_bias:
-            raise ValueError("the model adds a bias between product and SwiGLU")
         for axis in ("tokens", "embed"):
             if layout.num_shards(axis) > 1:
                 raise ValueError(f"rules: {axis} is split, so that rows are not whole")
         if name != "reference":
             check_hopper(layout.mesh.devices.flat[0])
-            columns = 2 * config.mlp_dim // layout.num_shards("mlp")
-            check_matmul_mosaic(dtype, FUSED_FROM, config.embed_dim, columns)
+            hidden = config.mlp_dim // layout.num_shards("mlp")
+            check_matmul_mosaic(dtype, FUSED_ROWS[0], config.embed_dim, 2 * hidden)
+            for depth in (hidden, config.num_heads * config.head_dim):
+                check_matmul_mosaic(dtype, ADDED_ROWS[0], depth, config.embed_dim)
     except ValueError as error:
         if name != "auto":
-            raise ValueError(f"swiglu {name}: {error}") from error
+            raise ValueError(f"products {name}: {error}") from error
         return COMPILER
     return "mosaic" if name == "auto" else name
 
@@ -120,36 +117,46 @@ def check_hopper(device: Any) -> None:
 
 def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> Products:
     """For steps of so many rows. Messages that mailboxes are too small for are the compiler's, too."""
-    fused = _fused_swiglu(plan)
+    kernels = _kernels(plan)
     if plan.add_norm != COMPILER:
-        return NormedProducts(add_norm=ADD_NORM[plan.add_norm], **fused)
+        return NormedProducts(add_norm=ADD_NORM[plan.add_norm], **kernels)
     if plan.all_reduce == COMPILER:
-        return Products(**fused)
+        return Products(**kernels)
     axes = reduction_axes(plan.layout)
     if plan.all_reduce == "mosaic":
         row_bytes = plan.config.embed_dim * jax.numpy.dtype(plan.dtype).itemsize
         if num_rows > MailboxShape(plan.layout.size_of(axes)).max_rows(row_bytes):
-            return Products(**fused)
+            return Products(**kernels)
     return Reduction(
         layout=plan.layout,
         axes=axes,
         all_reduce=ALL_REDUCE[plan.all_reduce],
         all_reduce_add_norm=ALL_REDUCE_ADD_NORM[plan.all_reduce],
         mailboxes=params.get(MAILBOXES),
-        **fused,
+        **kernels,
     )
 
 
-def _fused_swiglu(plan: StepPlan) -> dict[str, Any]:
-    """What `Products` takes for it: every device multiplies by its own gates and ups."""
-    if plan.swiglu == COMPILER:
+def _kernels(plan: StepPlan) -> dict[str, Any]:
+    """What `Products` takes of ours: every device multiplies by its own gates and ups; blocks end in ours where layers
+    are whole on a device, so that nothing is summed over several."""
+    if plan.products == COMPILER:
         return {}
-    multiply: Callable[..., jax.Array] = functools.partial(MATMUL[plan.swiglu], epilogue="swiglu")
+    multiply, ours = MATMUL[plan.products], plan.products == "mosaic"
 
-    def local(x: jax.Array, gate_up: jax.Array) -> jax.Array:
-        return multiply(x, gate_up.reshape(gate_up.shape[0], -1))
+    def swiglu(x: jax.Array, gate_up: jax.Array) -> jax.Array:
+        return multiply(x, gate_up.reshape(gate_up.shape[0], -1), epilogue="swiglu")
 
-    columns = plan.layout.rules.mlp or None
+    def add(hidden: jax.Array, weight: jax.Array, x: jax.Array) -> jax.Array:
+        return multiply(hidden, weight, residual=x)
+
+    whole, columns = PartitionSpec(), plan.layout.rules.mlp or None
     split = PartitionSpec(None, columns)
-    mapped = plan.layout.shard_map(local, (PartitionSpec(), PartitionSpec(None, columns, None)), split)
-    return {"fused_swiglu": mapped, "fused_from": FUSED_FROM if plan.swiglu == "mosaic" else 1}
+    kernels: dict[str, Any] = {
+        "fused_swiglu": plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split),
+        "fused_rows": FUSED_ROWS if ours else ALL_ROWS,
+    }
+    if plan.layout.mesh.size == plan.layout.num_shards("layers"):
+        kernels["added"] = plan.layout.shard_map(add, (whole, whole, whole), whole)
+        kernels["added_rows"] = ADDED_ROWS if ours else ALL_ROWS
+    return kernels

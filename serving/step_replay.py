@@ -76,7 +76,7 @@ class StepReplay:
             num_logprobs=min(EngineConfig.max_logprobs, model.vocab_size),
             add_norm=EngineConfig.add_norm,
             all_reduce=EngineConfig.all_reduce,
-            swiglu=EngineConfig.swiglu,
+            products=EngineConfig.products,
         )
         table = LoneSteps(sizes.rows, sizes.chunks, min(MAX_CHUNKS, slots), self.plan.branches)
         # One more for each sequence's last, which may be begun, and the scratch page.

@@ -47,6 +47,8 @@ def test_the_reference_equals_numpy(epilogue: str) -> None:
         (60, 128, 64, "none", Tiling(64, 64, 2, 3)),
         pytest.param(130, 128, 128, "none", Tiling(128, 64, 1, 3, pair=True), marks=NEW),  # blocks that share weights
         (300, 128, 128, "swiglu", Tiling(64, 64, 1, 3)),  # tiles of rows, some of them not whole
+        (8, 192, 320, "swiglu", Tiling(64, 128, 1, 3, narrow=(3, 64))),  # tiles of two widths
+        (100, 192, 320, "none", Tiling(128, 128, 1, 3, narrow=(1, 64))),
     ],
 )
 def test_the_kernel_equals_numpy(m: int, k: int, n: int, epilogue: str, tiling: Tiling) -> None:
@@ -158,7 +160,8 @@ def test_tiles_cover_the_product_and_fit(m: int, k: int, n: int) -> None:
         tiling = choose_tiling(m, k, n, swiglu=swiglu)
         assert tiling.rows * tiling.blocks * tiling.row_tiles(m) >= m
         assert tiling.split == 1 or tiling.row_tiles(m) == 1
-        assert n % tiling.columns == 0
+        assert sum(columns * tiles for _, columns, tiles in tiling.bands(n)) == n
+        assert all(tiles > 0 for _, _, tiles in tiling.bands(n))
         assert k % (DEPTH * tiling.split) == 0
         leaving = output_bytes(m, tiling.rows, tiling.columns, parts=tiling.split > 1, swiglu=swiglu)
         assert tiling.stages * 2 * DEPTH * (tiling.rows + tiling.columns) + leaving <= SMEM
@@ -172,6 +175,7 @@ def test_the_choice_is_what_measured_best() -> None:
     assert choose_tiling(8, 4096, 28672, swiglu=True).columns == 256  # one wave of tiles
     assert choose_tiling(256, 14336, 4096) == Tiling(128, 64, 1, 8, pair=True)  # parts of 256 rows are 4 MB each
     assert choose_tiling(256, 4096, 28672, swiglu=True).stages == 4  # three do not cover a load's latency
+    assert choose_tiling(256, 4096, 28672, swiglu=True).narrow == (64, 192)  # 128 multiprocessors of 132 at work
 
 
 def test_shallow_rings_are_slow_in_the_model() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -15,7 +14,7 @@ from layout_runs import CONFIG, NUM_SLOTS, Run, assert_same, engine_of, resolve_
 from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape
 from paddock.serving import step_products
 from paddock.serving.bucket import Bucket
-from paddock.serving.step_products import MAILBOXES, choose_all_reduce, choose_swiglu
+from paddock.serving.step_products import MAILBOXES, choose_all_reduce
 from paddock.sharding import Layout, read_collectives
 
 
@@ -74,31 +73,24 @@ def test_addition_and_norm_together_give_the_same_tokens(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "mesh", "rules", "message"),
     [
-        ("relu", "", "", "swiglu 'relu' is unknown; there are mosaic, reference, xla"),
-        ("mosaic", "", "", "swiglu mosaic: cpu is no NVIDIA Hopper GPU"),
-        ("reference", "tensor=2", "tokens=tensor", "swiglu reference: rules: tokens is split"),
-        ("reference", "x=2", "embed=x", "swiglu reference: rules: embed is split"),
+        ("relu", "", "", "products 'relu' is unknown; there are mosaic, reference, xla"),
+        ("mosaic", "", "", "products mosaic: cpu is no NVIDIA Hopper GPU"),
+        ("reference", "tensor=2", "tokens=tensor", "products reference: rules: tokens is split"),
+        ("reference", "x=2", "embed=x", "products reference: rules: embed is split"),
     ],
 )
-def test_a_swiglu_that_cannot_be_had_is_refused(
+def test_products_that_cannot_be_had_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, rules: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_tiny(monkeypatch, mesh=mesh, rules=rules, swiglu=name)
+        resolve_tiny(monkeypatch, mesh=mesh, rules=rules, products=name)
 
 
-def test_a_model_with_a_bias_before_its_swiglu_is_refused() -> None:
-    biased = dataclasses.replace(CONFIG, mlp_bias=True)
-    assert choose_swiglu("auto", biased, Layout.build(), jnp.float32) == "xla"
-    with pytest.raises(ValueError, match="swiglu reference: the model adds a bias"):
-        choose_swiglu("reference", biased, Layout.build(), jnp.float32)
-
-
-def test_products_and_swiglu_together_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
-    """Of each device's own gates and ups, and in stages; what the kernel computes is the reference's."""
-    for mesh in ("tensor=2", "pipe=2,tensor=2"):
-        resolved = resolve_tiny(monkeypatch, mesh=mesh, swiglu="reference")
-        assert resolved.plan.swiglu == "reference"
+def test_explicit_products_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
+    """Of each device's own gates and ups, and of whole layers in stages; what kernels compute is the reference's."""
+    for mesh in ("tensor=2", "pipe=2"):
+        resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference")
+        assert resolved.plan.products == "reference"
         assert_same(run(resolved, pages=1000, full=True), alone)
 
 
