@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
 from engines import TokenComparison
 
-from paddock.checkpoints.load import load
+from paddock.checkpoints.canonical import expand
+from paddock.checkpoints.dummy import init_dummy_params
+from paddock.model import Dims, placements, stack_stages
 from paddock.model.shapes import SHAPES
 from paddock.serving.bucket import Bucket
 from paddock.serving.compiler import Job
@@ -23,6 +27,7 @@ from paddock.serving.programs import Programs
 from paddock.serving.resolve import Resolved, resolve
 from paddock.serving.sampling_params import SamplingParams
 from paddock.serving.scheduler import Scheduler
+from paddock.sharding import Layout
 
 # Three layers, so that two stages do not divide them; two kv heads, fewer than most layouts have shards.
 CONFIG = dataclasses.replace(tiny_config.CONFIG, num_layers=3)
@@ -53,14 +58,28 @@ def resolve_tiny(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> Resolved:
     return resolve(EngineConfig(model="tiny-layouts", **{**options, **layout}))
 
 
+@functools.cache
+def canonical_params() -> dict[str, np.ndarray]:
+    alone = Layout.build(devices=jax.devices()[:1])
+    return {name: np.asarray(x) for name, x in init_dummy_params(CONFIG, alone, "float32").items()}
+
+
+def place_params(layout: Layout) -> dict[str, jax.Array]:
+    """Those that load_format="dummy" makes in any layout, as tests/checkpoints/test_dummy.py sees, without compiling
+    for each layout what makes them."""
+    dims, places = Dims.of(CONFIG, layout), placements(CONFIG, layout, "float32")
+    expanded = {name: expand(name, jnp.asarray(x), dims) for name, x in canonical_params().items()}
+    placed = {name: jax.device_put(np.asarray(x), places[name]) for name, x in expanded.items()}
+    return stack_stages(CONFIG, layout, placed)
+
+
 def engine_of(resolved: Resolved, *, pages: int, full: bool) -> Engine:
     """An engine with `pages` usable pages, all partitions together; not `full`: with the sampler's fast half alone."""
     plan = dataclasses.replace(resolved.plan, branches=full)
     # One executable a layout: every step takes the largest bucket.
     table = dataclasses.replace(resolved.buckets, single=True, full=full)
     num_pages = pages // plan.num_partitions + 1
-    params = load(Path(), CONFIG, plan.layout, "float32", "dummy")
-    executor = Executor(StepAlone(plan, table, num_pages), params)
+    executor = Executor(StepAlone(plan, table, num_pages), place_params(plan.layout))
     scheduler = Scheduler(
         [PagePool(num_pages, PAGE_SIZE) for _ in range(plan.num_partitions)],
         max_num_seqs=plan.num_slots,

@@ -42,7 +42,7 @@ class Program:
 
     def __init__(self, command: list[str], log: Path):
         self.log = log
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
 

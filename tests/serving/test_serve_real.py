@@ -248,7 +248,8 @@ def test_a_client_that_leaves_frees_its_pages_within_two_steps(engine, port, tur
 
 def start(*words: str) -> subprocess.Popen[str]:
     """`paddock WORDS` with one CPU device, as outside of pytest."""
-    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    environ["XLA_FLAGS"] = " ".join(x for x in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in x)
     code = "import sys; from paddock.serving.cli import main; sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", code, *words, "--compile-cache-dir", str(CACHE)],
