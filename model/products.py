@@ -28,7 +28,8 @@ class Products:
     """The compiler's: it fuses what it can, and puts in the sums over devices where the layout needs them.
 
     Where there is no bias `fused_swiglu` computes `swiglu` for as many rows as are in `fused_rows`, and `added`, of
-    hidden rows, weight and residual stream, ends a block for as many as are in `added_rows`.
+    hidden rows, weight and residual stream, ends a block for as many as are in `added_rows`, if the weight is deeper
+    than wide.
     """
 
     fused_swiglu: Callable[[jax.Array, jax.Array], jax.Array] | None = None
@@ -64,7 +65,12 @@ class Products:
 
         `norm` is None after the last layer.
         """
-        if self.added is not None and bias is None and x.shape[0] in self.added_rows:
+        if (
+            self.added is not None
+            and bias is None
+            and x.shape[0] in self.added_rows
+            and weight.shape[0] > weight.shape[1]
+        ):
             return self.added(hidden, weight, x), None
         out = hidden @ weight
         out = out if bias is None else out + bias[None]

@@ -34,7 +34,7 @@ MAILBOXES = "mailboxes"
 MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
 # Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those with SwiGLU in them, and those
 # that end a block; and any number that a step may have.
-FUSED_ROWS, ADDED_ROWS, ALL_ROWS = range(192, 2**20), range(192, 257), range(1, 2**20)
+FUSED_ROWS, ADDED_ROWS, ALL_ROWS = range(32, 2**20), range(32, 257), range(1, 2**20)
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
