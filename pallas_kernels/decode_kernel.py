@@ -12,9 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .arrival import arrive
 from .compat import load_transposed, product, store_transposed
 from .decode_fetch import fetch, pages_of
-from .decode_merge import LAYOUT, along_rows, store_output
+from .decode_merge import LAYOUT, along_rows, merge_parts, store_output
 from .decode_new import attend_new, turn_and_append
 from .decode_plan import TILE_TOKENS, tiles_of, walk
 from .prefetch import prefetch
@@ -33,14 +34,15 @@ def attend(
     scale: float,
     rotated: bool,
     ahead_bytes: int,
+    merges: bool,
     **scratch: Any,
 ) -> None:
     """q_ref, out_ref [B, K, G, h]; k_ref, v_ref [P, K, p, h]; table_ref [B, N]; len_ref [B]; plan_ref: `work_plan`.
 
     `others`: the scales [P, K] of keys and of values where they are quantized, then out_ref, and parts_ref and lse_ref
-    as `merge_share` has them. If not yet `rotated`, q_ref is qkv [B, K, G+2, h], `others` begins with the factors
+    as `merge_parts` has them. If not yet `rotated`, q_ref is qkv [B, K, G+2, h], `others` begins with the factors
     [B, h] of `turn_and_append`, and the last of a sequence's kv_len tokens is the one in qkv. With `ahead_bytes` a
-    matrix to `prefetch` is the last of the inputs.
+    matrix to `prefetch` is the last of the inputs. Unless it `merges`, parts are left to `merge_share`.
     """
     *inputs, out_ref, parts_ref, lse_ref = others
     ahead = inputs.pop() if ahead_bytes else None
@@ -49,7 +51,7 @@ def attend(
     gmem.out, gmem.parts, gmem.lse = out_ref, parts_ref, lse_ref
     smem = SimpleNamespace(**scratch)
     warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup == 0)(functools.partial(_compute, gmem, smem, scale))
+    pl.when(warpgroup == 0)(functools.partial(_compute, gmem, smem, scale, merges))
 
     @pl.when(warpgroup == 1)
     def _fetch() -> None:
@@ -58,11 +60,11 @@ def attend(
             prefetch(ahead, ahead_bytes, lax.axis_index("worker"), lax.axis_size("worker"))
 
 
-def _compute(gmem: Any, smem: Any, scale: float) -> None:
+def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
     """Attend: total is [h, rows], and everything else has a column for each of the group's query heads too."""
     worker = lax.axis_index("worker")
     kv_heads, head_dim, rows = gmem.k.shape[1], gmem.k.shape[3], smem.weights.shape[0]
-    quantized, appends = bool(gmem.scales), bool(gmem.rotation)
+    quantized, appends, plan_columns = bool(gmem.scales), bool(gmem.rotation), gmem.plan.shape[1]
     scale = scale * math.log2(math.e)  # powers of 2 instead of e: the hardware has an instruction for them
 
     def attend_share(sequence: Any, head: Any, first_tile: Any, count: Any, length: Any, ring: Any) -> Any:
@@ -147,6 +149,18 @@ def _compute(gmem: Any, smem: Any, scale: float) -> None:
             target = worker, jnp.where(first_tile > 0, 0, 1)
             gmem.parts.at[target][...] = total
             gmem.lse.at[target][...] = peak + jnp.log(mass) * math.log2(math.e)
+            if not merges:
+                return
+            # All shares are as long as the first. The one that begins here is so many before this one:
+            share = gmem.plan[0, 3]
+            before = lax.div(first_tile + share - 1, share)
+            taken = jnp.where(before > 0, first_tile - (before - 1) * share, count)
+            owner, others = worker - before, lax.div(tiles - taken + share - 1, share)
+
+            @pl.when(arrive(gmem.plan, owner, plan_columns - 1, others) > 0)
+            def _merge() -> None:
+                own = smem.out.at[pl.ds(0, rows)]
+                merge_parts(gmem.parts, gmem.lse, owner, others, gmem.out.at[sequence, head], own)
 
         return ring
 

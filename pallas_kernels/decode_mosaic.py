@@ -61,10 +61,11 @@ def decode_mosaic(
 ) -> Float[Array, "B H h"]:
     """Decode attention whose thread blocks share all tokens of the batch equally, whatever the lengths.
 
-    Each walks its tiles of 64 tokens: one warpgroup fetches, one computes; a small second kernel merges what lies
-    across shares. Scores, softmax, sums and the parts to merge are float32. K is the left side of the products and the
-    query heads are the right one, so that a group of 4 costs 8 columns, not 64 rows. Pages of int8 or float8_e4m3fn
-    hold values divided by k_scale and v_scale. `interpret` runs the kernels on the CPU, for tests.
+    Each walks its tiles of 64 tokens: one warpgroup fetches, one computes; what lies across shares is merged by the
+    last block that has a part of it. Scores, softmax, sums and the parts to merge are float32. K is the left side of
+    the products and the query heads are the right one, so that a group of 4 costs 8 columns, not 64 rows. Pages of int8
+    or float8_e4m3fn hold values divided by k_scale and v_scale. `interpret` runs the kernel on the CPU, for tests, and
+    a second one that merges.
     Raises ValueError where the kernel cannot run: q of a dtype other than bfloat16 or float16, head_dim other than 64
     or 128, a page size that neither divides 64 nor is a multiple of it (16 at least), more than 64 query heads a kv
     head, JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
@@ -152,7 +153,13 @@ def _attend(
         extra["twice"] = plgpu.SMEM((2 * head_dim, fetched), jnp.float32)
     pools: tuple[Any, Any] = (jax.new_ref(k_pages), jax.new_ref(v_pages)) if rotation else (k_pages, v_pages)
     out, parts, lse = kernel(
-        bound(attend, scale=scale, rotated=not rotation, ahead_bytes=AHEAD_BYTES if following else 0),
+        bound(
+            attend,
+            scale=scale,
+            rotated=not rotation,
+            ahead_bytes=AHEAD_BYTES if following else 0,
+            merges=not interpret,
+        ),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), q.dtype),
             jax.ShapeDtypeStruct((workers, 2, head_dim, rows), jnp.float32),
@@ -179,19 +186,20 @@ def _attend(
         thread_name="warpgroup",
         **settings,
     )(q, *pools, page_table, kv_len, plan, *scales, *rotation, *following)
-    columns = 64 if waves == 1 else head_dim  # few sequences may have many parts each: more blocks then merge them
-    out_ref = jax.new_ref(out)  # the merge writes what is still missing in place
-    kernel(
-        merge_share,
-        scratch_types=dict(out_smem=plgpu.SMEM((rows, columns), q.dtype)),
-        grid=(workers, head_dim // columns),
-        grid_names=("worker", "columns"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=settings["interpret"],
-    )(parts, lse, plan, kv_len, out_ref)
+    if interpret:
+        out_ref = jax.new_ref(out)  # the merge writes what is still missing in place
+        kernel(
+            merge_share,
+            scratch_types=dict(out_smem=plgpu.SMEM((rows, head_dim), q.dtype)),
+            grid=(workers,),
+            grid_names=("worker",),
+            compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+            interpret=settings["interpret"],
+        )(parts, lse, plan, kv_len, out_ref)
+        out = jax.freeze(out_ref)
     if rotation:
         k_pages, v_pages = (jax.freeze(pool) for pool in pools)
-    return jax.freeze(out_ref), k_pages, v_pages
+    return out, k_pages, v_pages
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -22,9 +22,9 @@ def _split(tiles: Any, among: int) -> Any:
     return lax.div(tiles + (among - 1), among)
 
 
-def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: int) -> Int[Array, "shares 5"]:
-    """(sequence, kv head, first tile, number of tiles, the sequence's kv_len) of every worker's share; one more row of
-    zeros ends the list.
+def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: int) -> Int[Array, "shares 6"]:
+    """(sequence, kv head, first tile, number of tiles, the sequence's kv_len, 0) of every worker's share; one more row
+    of zeros ends the list. In the last column kernels count, and leave it as it was.
 
     The tiles of all (sequence, kv head) pairs in a row, cut in equal shares as stream-K cuts matrix products
     (arXiv 2301.03598), so that one grid serves every mix of lengths. `resident` of the workers run at a time: up to
@@ -42,9 +42,9 @@ def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: i
     sequence = jnp.minimum((ends[None, :] <= start[:, None]).sum(axis=1), order[-1])
     inside = start - (ends - kv_heads * tiles)[sequence]
     head, tile = jnp.divmod(inside, tiles[sequence])
-    return jnp.where(count[:, None] > 0, jnp.stack([sequence, head, tile, count, kv_len[sequence]], axis=1), 0).astype(
-        jnp.int32
-    )
+    return jnp.where(
+        count[:, None] > 0, jnp.stack([sequence, head, tile, count, kv_len[sequence], start * 0], axis=1), 0
+    ).astype(jnp.int32)
 
 
 def walk(plan_ref: Any, len_ref: Any, kv_heads: int, visit: Callable[..., Any], state: Any) -> None:

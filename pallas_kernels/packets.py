@@ -7,7 +7,6 @@ call has the data too, so that there are no fences and no separate signals; the 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .inline import dialect, i32, i64, mlir, mosaic, offset_of, scalar_of
 from .mailbox import COUNTER_BYTES
 
 WARPGROUP = 128  # threads of a block
@@ -40,10 +40,10 @@ def read_call(mailbox: Any, block: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INT)
     def read(_: Any, table: Any, block: Any) -> Any:
-        mgpu = _mosaic()
-        counter = _offset(_entry(table, -2), block, 4)
+        mgpu = mosaic()
+        counter = offset_of(_entry(table, -2), block, 4)
         call = mgpu.utils.inline_ptx(
-            "ld.relaxed.gpu.global.u32 $0, [$1];", counter, result_types=_i32(), has_side_effects=True
+            "ld.relaxed.gpu.global.u32 $0, [$1];", counter, result_types=i32(), has_side_effects=True
         )
         return mgpu.FragmentedArray.splat(call, (), is_signed=True)
 
@@ -55,12 +55,12 @@ def end_call(mailbox: Any, block: jax.Array, call: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
     def write(_: Any, table: Any, block: Any, call: Any) -> None:
-        mgpu, arith = _mosaic(), _dialect("arith")
-        following = arith.addi(_value(call), mgpu.c(1, _i32()))
+        mgpu, arith = mosaic(), dialect("arith")
+        following = arith.addi(scalar_of(call), mgpu.c(1, i32()))
         mgpu.warpgroup_barrier()  # everyone has read it
         mgpu.utils.inline_ptx(
             "st.relaxed.gpu.global.u32 [$0], $1;",
-            _offset(_entry(table, -2), block, 4),
+            offset_of(_entry(table, -2), block, 4),
             following,
             predicate=mgpu.single_thread_predicate(scope=mgpu.ThreadSubset.WARPGROUP),
         )
@@ -73,7 +73,7 @@ def send(mailbox: Any, value: jax.Array, devices: Sequence[int], offset: jax.Arr
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout(value.size, value.dtype), _SCALAR, _SCALAR))
     def store(_: Any, table: Any, array: Any, offset: Any, flag: Any) -> None:
-        mgpu = _mosaic()
+        mgpu = mosaic()
         thread = _thread_offset(offset)
         words = _words(array)
         for device in devices:
@@ -84,7 +84,7 @@ def send(mailbox: Any, value: jax.Array, devices: Sequence[int], offset: jax.Arr
                     f"st.relaxed.sys.global.v2.b64 [$0 + {line * WARPGROUP * LINE_BYTES}], {{a, b}}; }}",
                     base,
                     *pair,
-                    _value(flag),
+                    scalar_of(flag),
                     has_side_effects=True,
                 )
 
@@ -107,7 +107,7 @@ def receive(
         bases = [_add(here, thread, constant=COUNTER_BYTES + sender * 2 * half_bytes) for sender in range(senders)]
         num_words = shaped.size * shaped.dtype.itemsize // 4 // WARPGROUP
         at_once = max(1, WORDS_AT_ONCE // num_words)
-        found = [_poll(bases[i : i + at_once], num_words, _value(flag)) for i in range(0, senders, at_once)]
+        found = [_poll(bases[i : i + at_once], num_words, scalar_of(flag)) for i in range(0, senders, at_once)]
         return tuple(_array(words, kind.to_mgpu(), shaped) for group in found for words in group)
 
     return tuple(wait(mailbox, offset, flag))
@@ -129,43 +129,38 @@ def _poll(bases: list[Any], num_words: int, flag: Any) -> list[list[Any]]:
         + " ".join(lines)
         + " setp.ne.b32 p, wrong, 0; @p bra again; }"
     )
-    words = _mosaic().utils.inline_ptx(text, flag, *bases, result_types=[_i32()] * total, has_side_effects=True)
+    words = mosaic().utils.inline_ptx(text, flag, *bases, result_types=[i32()] * total, has_side_effects=True)
     return [list(words[i : i + num_words]) for i in range(0, total, num_words)]
 
 
 def _entry(table: Any, row: int) -> Any:
     """Row `row` of the address table as a 64-bit integer."""
-    mgpu, llvm, ir = _mosaic(), _dialect("llvm"), _ir()
+    mgpu, llvm, ir = mosaic(), dialect("llvm"), mlir()
     rows = ir.MemRefType(table.type).shape[0]
-    pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(table), [row % rows], _i64())
-    return llvm.load(_i64(), pointer)
+    pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(table), [row % rows], i64())
+    return llvm.load(i64(), pointer)
 
 
 def _thread_offset(offset: Any) -> Any:
     """Byte of this thread's first line."""
-    mgpu, arith, gpu = _mosaic(), _dialect("arith"), _dialect("gpu")
-    thread = arith.index_cast(_i64(), gpu.thread_id(gpu.Dimension.x))
-    return arith.addi(arith.extui(_i64(), _value(offset)), arith.muli(thread, mgpu.c(LINE_BYTES, _i64())))
-
-
-def _offset(base: Any, index: Any, size: int) -> Any:
-    mgpu, arith = _mosaic(), _dialect("arith")
-    return arith.addi(base, arith.muli(arith.extui(_i64(), _value(index)), mgpu.c(size, _i64())))
+    mgpu, arith, gpu = mosaic(), dialect("arith"), dialect("gpu")
+    thread = arith.index_cast(i64(), gpu.thread_id(gpu.Dimension.x))
+    return arith.addi(arith.extui(i64(), scalar_of(offset)), arith.muli(thread, mgpu.c(LINE_BYTES, i64())))
 
 
 def _add(a: Any, b: Any, constant: int = 0) -> Any:
-    mgpu, arith = _mosaic(), _dialect("arith")
+    mgpu, arith = mosaic(), dialect("arith")
     total = arith.addi(a, b)
-    return arith.addi(total, mgpu.c(constant, _i64())) if constant else total
+    return arith.addi(total, mgpu.c(constant, i64())) if constant else total
 
 
 def _words(array: Any) -> list[Any]:
     """An array's registers as 32-bit integers."""
-    ir, vector = _ir(), _dialect("vector")
+    ir, vector = mlir(), dialect("vector")
     words = []
     for register in array.registers.flat:
-        num_bytes = ir.VectorType(register.type).shape[0] * _mosaic().bitwidth(array.mlir_dtype) // 8
-        packed = vector.bitcast(ir.VectorType.get((num_bytes // 4,), _i32()), register)
+        num_bytes = ir.VectorType(register.type).shape[0] * mosaic().bitwidth(array.mlir_dtype) // 8
+        packed = vector.bitcast(ir.VectorType.get((num_bytes // 4,), i32()), register)
         for i in range(num_bytes // 4):
             words.append(vector.extract(packed, dynamic_position=[], static_position=[i]))
     return words
@@ -173,35 +168,11 @@ def _words(array: Any) -> list[Any]:
 
 def _array(words: list[Any], layout: Any, shaped: jax.ShapeDtypeStruct) -> Any:
     """`_words` undone: an array of that layout."""
-    ir, vector, mgpu = _ir(), _dialect("vector"), _mosaic()
+    ir, vector, mgpu = mlir(), dialect("vector"), mosaic()
     kind = layout.registers_element_type(mgpu.utils.dtype_to_ir_type(shaped.dtype))
     registers = np.empty(layout.registers_shape(shaped.shape), object)
     each = len(words) // registers.size
     for place in range(registers.size):
-        packed = vector.from_elements(ir.VectorType.get((each,), _i32()), words[place * each : (place + 1) * each])
+        packed = vector.from_elements(ir.VectorType.get((each,), i32()), words[place * each : (place + 1) * each])
         registers.flat[place] = vector.bitcast(kind, packed)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _value(scalar: Any) -> Any:
-    return scalar.registers.item()
-
-
-def _i32() -> Any:
-    return _ir().IntegerType.get_signless(32)
-
-
-def _i64() -> Any:
-    return _ir().IntegerType.get_signless(64)
-
-
-def _ir() -> Any:
-    return importlib.import_module("jaxlib.mlir.ir")
-
-
-def _dialect(name: str) -> Any:
-    return importlib.import_module(f"jaxlib.mlir.dialects.{name}")
-
-
-def _mosaic() -> Any:
-    return importlib.import_module("jax.experimental.mosaic.gpu")

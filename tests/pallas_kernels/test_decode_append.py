@@ -94,3 +94,22 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         check_decode_append(qkv[:, :, :2], angles, angles, pages, pages, table, length)
     with pytest.raises(ValueError, match="one dtype: got float16 and bfloat16"):
         decode_append_mosaic(qkv.astype("float16"), angles, angles, pages, pages, table, length, scale=SCALE)
+
+
+@pytest.mark.gpu
+def test_calls_of_one_program_share_a_plan() -> None:
+    """As the layers of a step do: blocks count in it, and must leave nothing of their counts to the next call."""
+    lengths = [40_000, 3, 70, 9_000, 1, 2_500]
+    case = make_case(lengths, kv_heads=8, head_dim=128, page_size=64, slots=700, dtype=jnp.bfloat16)
+    new = with_new_tokens(case, lengths, 32, jnp.bfloat16)
+    arguments = (new.cos, new.sin, case.k_pages, case.v_pages, case.page_table, jnp.int32(lengths))
+
+    @jax.jit
+    def layers(qkv: jax.Array) -> list[jax.Array]:
+        return [DECODE_APPEND["mosaic"](qkv * factor, *arguments, scale=0.1)[0] for factor in (1, 2, 1, 2, 1)]
+
+    for _ in range(20):
+        first, second, *others = layers(new.qkv)
+        assert jnp.isfinite(first).all()
+        assert all((out == (first, second)[i % 2]).all() for i, out in enumerate(others))
+    assert not (first == second).all()

@@ -12,7 +12,7 @@ from paddock.pallas_kernels.decode_plan import TILE_TOKENS, work_plan
 def tiles_in(plan: np.ndarray, lengths: list[int], kv_heads: int) -> list[tuple[int, int, int]]:
     """Every (sequence, kv head, tile) of all shares in turn."""
     found = []
-    for sequence, head, tile, count, _ in plan.tolist():
+    for sequence, head, tile, count, _, _ in plan.tolist():
         for _ in range(count):
             found.append((sequence, head, tile))
             tile += 1
@@ -25,12 +25,13 @@ def tiles_in(plan: np.ndarray, lengths: list[int], kv_heads: int) -> list[tuple[
 @pytest.mark.parametrize(("lengths", "kv_heads"), [([0, 1, 64, 65, 0, 1000], 2), ([0], 1), ([131072], 8), ([3] * 9, 3)])
 def test_every_tile_is_done_once_in_order_and_shares_are_equal(lengths: list[int], kv_heads: int, workers: int) -> None:
     plan = np.asarray(work_plan(jnp.int32(lengths), kv_heads, workers, workers))
-    assert plan.shape == (workers + 1, 5)
+    assert plan.shape == (workers + 1, 6)
     assert not plan[-1].any()
+    assert not plan[:, 5].any()
     tiles = [max(1, -(-length // TILE_TOKENS)) for length in lengths]  # an empty sequence's output is cleared by a tile
     every = [(b, k, t) for b, count in enumerate(tiles) for k in range(kv_heads) for t in range(count)]
     assert tiles_in(plan, lengths, kv_heads) == every
     assert plan[:, 3].max() == -(-len(every) // workers)
     assert plan[:-1, 4].tolist() == [
-        lengths[sequence] if count else 0 for sequence, _, _, count, _ in plan[:-1].tolist()
+        lengths[sequence] if count else 0 for sequence, _, _, count, _, _ in plan[:-1].tolist()
     ]

@@ -1,0 +1,40 @@
+"""What kernels need to write PTX of their own. Imported late, since Mosaic GPU is not there on every platform."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def mosaic() -> Any:
+    return importlib.import_module("jax.experimental.mosaic.gpu")
+
+
+def mlir() -> Any:
+    return importlib.import_module("jaxlib.mlir.ir")
+
+
+def dialect(name: str) -> Any:
+    return importlib.import_module(f"jaxlib.mlir.dialects.{name}")
+
+
+def i32() -> Any:
+    return mlir().IntegerType.get_signless(32)
+
+
+def i64() -> Any:
+    return mlir().IntegerType.get_signless(64)
+
+
+def scalar_of(array: Any) -> Any:
+    """The one value of an array without axes."""
+    return array.registers.item()
+
+
+def offset_of(base: Any, index: Any, size: int) -> Any:
+    """The 64-bit address of entry `index`, int32 and not negative, of `size` bytes each, after the address or pointer
+    `base`."""
+    arith, llvm = dialect("arith"), dialect("llvm")
+    if base.type != i64():
+        base = llvm.ptrtoint(i64(), base)
+    return arith.addi(base, arith.muli(arith.extui(i64(), index), mosaic().c(size, i64())))
