@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .arrival import arrive
 from .compat import load_transposed, product, store_transposed
 from .decode_fetch import fetch, pages_of
-from .decode_merge import LAYOUT, along_rows, merge_parts, store_output
+from .decode_merge import LAYOUT, LOADED_BESIDE, along_rows, merge_parts, store_output
 from .decode_new import attend_new, turn_and_append
 from .decode_plan import TILE_TOKENS, tiles_of, walk
 from .prefetch import prefetch
@@ -159,8 +159,9 @@ def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
 
             @pl.when(arrive(gmem.plan, owner, plan_columns - 1, others) > 0)
             def _merge() -> None:
-                own = smem.out.at[pl.ds(0, rows)]
-                merge_parts(gmem.parts, gmem.lse, owner, others, gmem.out.at[sequence, head], own)
+                target, own = gmem.out.at[sequence, head], smem.out.at[pl.ds(0, rows)]
+                how: dict[str, Any] = {"loaded": LOADED_BESIDE, "columns": pl.ds(0, head_dim)}
+                merge_parts(gmem.parts, gmem.lse, owner, others, target, own, **how)
 
         return ring
 

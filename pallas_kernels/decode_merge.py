@@ -14,8 +14,9 @@ from .compat import load, placed, store_transposed
 from .decode_plan import tiles_of
 
 LAYOUT = plgpu.Layout.WGMMA
-# float32 values on their way at a time: 32 registers of each thread, lest two blocks do not fit a multiprocessor.
-LOADED = 4096
+LOADED = 8192  # float32 values on their way at a time: 64 registers of each thread
+# And where blocks that attend merge: with more registers two of them would not fit a multiprocessor.
+LOADED_BESIDE = 4096
 
 
 def along_rows(vector: Any, matrix: Any) -> Any:
@@ -31,31 +32,34 @@ def store_output(total: Any, out_smem: Any, out_ref: Any) -> None:
     plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, out_ref.shape[0])], out_ref)
 
 
-def merge_parts(parts_ref: Any, lse_ref: Any, owner: Any, others: Any, out_ref: Any, out_smem: Any) -> None:
-    """Merge what worker `owner` and the `others` after it found in one (sequence, kv head) into out_ref [G, h].
+def merge_parts(
+    parts_ref: Any, lse_ref: Any, owner: Any, others: Any, out_ref: Any, out_smem: Any, *, loaded: int, columns: Any
+) -> None:
+    """Merge what worker `owner` and the `others` after it found in one (sequence, kv head) into out_ref [G, c], which
+    are the c `columns` of head_dim.
 
     parts_ref [workers, 2, h, rows], lse_ref [workers, 2, rows]: what a worker went on with lies in its slot 0, what it
-    began and left to the next workers in its slot 1. out_smem [rows, h].
+    began and left to the next workers in its slot 1. out_smem [rows, c]. `loaded` values are on their way at a time.
     """
 
     def part(i: Any) -> tuple[Any, Any]:
         source = owner + i, jnp.where(i > 0, 0, 1)
-        return load(parts_ref.at[source], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
+        return load(parts_ref.at[(*source, columns)], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
 
     total, peak = part(0)
-    together = max(1, LOADED // total.size)
+    together = max(1, loaded // total.size)
 
     def add(step: Any, carry: Any) -> Any:
         total, peak, mass = carry
-        loaded = []
+        found = []
         for i in range(together):
             index = 1 + step * together + i
             values, lse = part(jnp.minimum(index, others))
-            loaded.append((values, lse + jnp.where(index <= others, 0.0, -jnp.inf)))
-        new_peak = functools.reduce(jnp.maximum, [lse for _, lse in loaded], peak)
+            found.append((values, lse + jnp.where(index <= others, 0.0, -jnp.inf)))
+        new_peak = functools.reduce(jnp.maximum, [lse for _, lse in found], peak)
         decay = jnp.exp2(peak - new_peak)
         total, mass = total * along_rows(decay, total), mass * decay
-        for values, lse in loaded:
+        for values, lse in found:
             weight = jnp.exp2(lse - new_peak)
             total, mass = total + values * along_rows(weight, values), mass + weight
         return total, new_peak, mass
@@ -66,16 +70,16 @@ def merge_parts(parts_ref: Any, lse_ref: Any, owner: Any, others: Any, out_ref: 
 
 
 def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_ref: Any, out_smem: Any) -> None:
-    """Kernel body: where a worker's share ends inside a (sequence, kv head), `merge_parts`.
-
-    For the interpreter, in whose kernels blocks cannot count each other. out_ref [B, K, G, h].
-    """
+    """Kernel body: where a worker's share ends inside a (sequence, kv head), `merge_parts`. out_ref [B, K, G, h];
+    out_smem [rows, h or a part of it]."""
     worker = lax.axis_index("worker")
+    columns = pl.ds(lax.axis_index("columns") * out_smem.shape[1], out_smem.shape[1])
     share = plan_ref[worker, 3]
     sequence, head, taken = (plan_ref[worker + 1, i] for i in range(3))
 
     @pl.when(jnp.logical_and(taken > 0, taken <= share))
     def _merge() -> None:
         others = lax.div(tiles_of(len_ref[sequence]) - taken + share - 1, share)
-        merge_parts(parts_ref, lse_ref, worker, others, out_ref.at[sequence, head], out_smem)
+        target = out_ref.at[sequence, head, :, columns]
+        merge_parts(parts_ref, lse_ref, worker, others, target, out_smem, loaded=LOADED, columns=columns)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

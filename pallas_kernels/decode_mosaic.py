@@ -21,6 +21,10 @@ from .decode_plan import TILE_TOKENS, work_plan
 
 RESIDENT = 2 * 132  # thread blocks that run at a time: two on each multiprocessor of an H100 or H200
 MOST_WAVES = 4  # times as many blocks as run at a time, where there are many (sequence, kv head) pairs
+# Up to so many parts of a (sequence, kv head), if all are as long, are merged by the last block that has one: a kernel
+# less. More of them a kernel of its own merges faster, by many blocks (H100, one sequence of 32,768 tokens, so that kv
+# heads have 33 parts each: some 59 us in all where this took 68).
+MOST_PARTS = 4
 STAGES = 3  # tiles of K and V in flight for each: 3 * 2 * 16 KiB at head_dim 128
 INTERPRETED_RESIDENT = 3
 # Of the matrix after attention, asked for by a kernel that leaves the memory idle while it begins and ends: 16 MiB made
@@ -62,10 +66,10 @@ def decode_mosaic(
     """Decode attention whose thread blocks share all tokens of the batch equally, whatever the lengths.
 
     Each walks its tiles of 64 tokens: one warpgroup fetches, one computes; what lies across shares is merged by the
-    last block that has a part of it. Scores, softmax, sums and the parts to merge are float32. K is the left side of
-    the products and the query heads are the right one, so that a group of 4 costs 8 columns, not 64 rows. Pages of int8
-    or float8_e4m3fn hold values divided by k_scale and v_scale. `interpret` runs the kernel on the CPU, for tests, and
-    a second one that merges.
+    last block that has a part of it, or where there are many by a small second kernel. Scores, softmax, sums and the
+    parts to merge are float32. K is the left side of the products and the query heads are the right one, so that a
+    group of 4 costs 8 columns, not 64 rows. Pages of int8 or float8_e4m3fn hold values divided by k_scale and v_scale.
+    `interpret` runs the kernels on the CPU, for tests.
     Raises ValueError where the kernel cannot run: q of a dtype other than bfloat16 or float16, head_dim other than 64
     or 128, a page size that neither divides 64 nor is a multiple of it (16 at least), more than 64 query heads a kv
     head, JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
@@ -139,6 +143,8 @@ def _attend(
     resident = INTERPRETED_RESIDENT if interpret else RESIDENT
     waves = min(max(round(batch * kv_heads / resident), 1), MOST_WAVES)
     workers = waves * resident
+    # The interpreter's blocks cannot count each other.
+    merges = not interpret and batch * kv_heads * MOST_PARTS >= resident
     plan = work_plan(kv_len, kv_heads, workers, resident)
     following = () if ahead is None or interpret or waves > AHEAD_WAVES else (ahead,)
     rows, fetched = (pl.cdiv(count, SMEM_ROWS) * SMEM_ROWS for count in (group, vectors))
@@ -158,7 +164,7 @@ def _attend(
             scale=scale,
             rotated=not rotation,
             ahead_bytes=AHEAD_BYTES if following else 0,
-            merges=not interpret,
+            merges=merges,
         ),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), q.dtype),
@@ -186,13 +192,14 @@ def _attend(
         thread_name="warpgroup",
         **settings,
     )(q, *pools, page_table, kv_len, plan, *scales, *rotation, *following)
-    if interpret:
-        out_ref = jax.new_ref(out)  # the merge writes what is still missing in place
+    if not merges:
+        columns = 64 if waves == 1 else head_dim  # few sequences may have many parts each: more blocks then merge them
+        out_ref = jax.new_ref(out)  # what is still missing is written in place
         kernel(
             merge_share,
-            scratch_types=dict(out_smem=plgpu.SMEM((rows, head_dim), q.dtype)),
-            grid=(workers,),
-            grid_names=("worker",),
+            scratch_types=dict(out_smem=plgpu.SMEM((rows, columns), q.dtype)),
+            grid=(workers, head_dim // columns),
+            grid_names=("worker", "columns"),
             compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=settings["interpret"],
         )(parts, lse, plan, kv_len, out_ref)
