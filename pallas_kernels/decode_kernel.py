@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .arrival import arrive
-from .compat import load_transposed, product, store_transposed
+from .compat import load, load_transposed, placed, product, store_transposed
 from .decode_fetch import fetch, pages_of
 from .decode_merge import LAYOUT, LOADED_BESIDE, along_rows, merge_parts, store_output
 from .decode_new import attend_new, turn_and_append
@@ -69,9 +69,9 @@ def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
 
     def attend_share(sequence: Any, head: Any, first_tile: Any, count: Any, length: Any, ring: Any) -> Any:
         tiles = tiles_of(length)
-        total = jnp.zeros((head_dim, rows), jnp.float32)
-        peak = jnp.full((rows,), -jnp.inf, jnp.float32)
-        mass = jnp.zeros((TILE_TOKENS, rows), jnp.float32)  # summed over the tokens at the end only
+        total = placed(jnp.zeros((head_dim, rows), jnp.float32), LAYOUT)
+        peak = placed(jnp.full((rows,), -jnp.inf, jnp.float32), LAYOUT.reduce(0))
+        mass = placed(jnp.zeros((TILE_TOKENS, rows), jnp.float32), LAYOUT)  # summed over the tokens at the end only
         stored = length  # tokens whose keys and values are in the pages
         if appends:
             stored = length - 1
@@ -179,7 +179,7 @@ def _copy_columns(source: Any, target: Any, left: Any) -> None:
     """Copy tokens [t, h] in shared memory, cast, but zeros from row `left` on, if it is given."""
     for start in range(0, source.shape[1], COLUMNS):
         columns = slice(None), pl.ds(start, COLUMNS)
-        values = source.at[columns][...].astype(target.dtype)
+        values = load(source.at[columns], LAYOUT).astype(target.dtype)
         if left is not None:
             alive = lax.broadcasted_iota(jnp.int32, values.shape, 0) < left
             values = jnp.where(alive, values, jnp.zeros_like(values))
