@@ -8,7 +8,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 
-from .scheduler import Schedule
+from .schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -14,7 +14,8 @@ from .errors import EngineDead
 from .executor import StepFuture
 from .outputs import TokenLogprobs
 from .sampling_params import SamplingParams
-from .scheduler import Schedule, Scheduler
+from .schedule import Schedule
+from .scheduler import Scheduler
 from .sequence import Sequence, SequenceStatus
 
 logger = logging.getLogger("paddock")

@@ -22,7 +22,7 @@ from .pack import Group, Packer, enter_pages, growth, lay_out
 from .pipeline import Params
 from .programs import BIAS_ENTRIES, SCORE_ROWS, Programs
 from .sampler import Sampled
-from .scheduler import Schedule
+from .schedule import Schedule
 from .sequence import Sequence
 from .step_input import PackedLayout
 from .step_products import MAILBOXES

@@ -7,7 +7,7 @@ from collections.abc import Sequence as ListOf
 
 import numpy as np
 
-from .scheduler import Schedule
+from .schedule import Schedule
 from .sequence import Sequence
 from .step_input import FLAGS, FLOATS, INTS, PackedLayout, needs_full, row_constants
 

@@ -18,7 +18,7 @@ from paddock.model.stages import PREFIX
 from paddock.sharding import ArraySpec, Layout, MeshConfig
 from paddock.sharding.accelerators import Accelerator
 
-from .scheduler import WEIGHT_BOUND
+from .chunk_budget import WEIGHT_BOUND
 from .speed_profile import Curve, SpeedProfile
 from .step_plan import finishes_read_rows
 

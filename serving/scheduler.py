@@ -9,73 +9,12 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 
+from .chunk_budget import chunk_budget
 from .landing import Landing
 from .page_pool import PagePool
 from .partition import Partition
+from .schedule import Chunk, Schedule
 from .sequence import Sequence, SequenceStatus
-
-# Up to so many tokens a GPU's step waits for the weights, not for its products: prompts are not cut any smaller to fit.
-WEIGHT_BOUND = 256
-# Prompts that fill so much of a bucket run in it; fewer tokens fill the next smaller one, and the rest waits a step.
-# Beside decoding rows, whose steps come anyway, only padding counts; alone the rest costs a step of its own.
-WELL_FILLED, WELL_FILLED_BESIDE = 0.75, 0.95
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A piece of a prompt (or of a preempted sequence's tokens): positions start .. start+length-1."""
-
-    seq: Sequence
-    start: int
-    length: int
-    samples: bool
-    admission: int
-
-    @property
-    def is_stale(self) -> bool:
-        """Its sequence has given way since: other pages may have taken the place of those that it was computed with."""
-        return self.seq.status is not SequenceStatus.RUNNING or self.seq.num_admissions != self.admission
-
-    @property
-    def is_first(self) -> bool:
-        return self.start == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """One step: a token for each decoding sequence, and chunks of others; both partition by partition.
-
-    While the same sequences of one partition decode, `decodes` is the same object. `entered` are pages that decodes
-    write the first token of: slot, index in the page table, page.
-    """
-
-    decodes: tuple[Sequence, ...]
-    chunks: tuple[Chunk, ...]
-    # Slot and position [2 B] of each of `decodes`, `moved` steps ago.
-    first_rows: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((2, 0), np.int32), compare=False)
-    moved: int = 0
-    entered: tuple[tuple[int, int, int], ...] = ()
-
-    @property
-    def decode_rows(self) -> np.ndarray:
-        """Slot and position [2 B] of each of `decodes`."""
-        return self.first_rows + np.array([[0], [self.moved]], np.int32)
-
-    @property
-    def num_chunk_tokens(self) -> int:
-        return sum([chunk.length for chunk in self.chunks])
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + self.num_chunk_tokens
-
-    @property
-    def sampling(self) -> tuple[Sequence, ...]:
-        """The sequences that this step samples a token for, in order."""
-        return self.decodes + tuple([chunk.seq for chunk in self.chunks if chunk.samples])
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
 
 
 class Scheduler:
@@ -166,7 +105,14 @@ class Scheduler:
     def _take_prompts(self, beside: list[bool]) -> tuple[Chunk, ...]:
         """Chunks of prompts; `beside` says of each partition whether it has decoding rows in the step, too."""
         budgets = [
-            self._chunk_budget(left, whole, beside=decodes)
+            chunk_budget(
+                left,
+                whole,
+                most=self.max_num_batched_tokens,
+                sizes=self.chunk_sizes,
+                num_stages=self.num_stages,
+                beside=decodes,
+            )
             for (left, whole), decodes in zip(self._prompts(), beside, strict=True)
         ]
         # What was appended stays valid: a victim is never earlier in `running` than the sequence that preempts it.
@@ -288,18 +234,6 @@ class Scheduler:
             (max(0, min(len(part.free_slots), self.max_chunks - len(part.prefilling))), part.pool.num_free)
             for part in self.partitions
         ]
-
-    def _chunk_budget(self, left: int, whole: int, *, beside: bool) -> int:
-        """Prompt tokens to take in this step, of `left` ones, maybe beside decoding rows."""
-        budget = self.max_num_batched_tokens
-        if self.num_stages > 1:  # equal pieces, one for each stage
-            budget = min(budget, max(-(-whole // self.num_stages), WEIGHT_BOUND))
-        wanted = min(left, budget)
-        smaller = max((size for size in self.chunk_sizes if size <= wanted), default=0)
-        larger = min((size for size in self.chunk_sizes if size > wanted), default=0)
-        # What does not fit into this step fills the next one; where all of it fits, padding would be for nothing.
-        enough = larger * (WELL_FILLED_BESIDE if beside and left <= budget else WELL_FILLED)
-        return smaller if smaller and larger > WEIGHT_BOUND and wanted < enough else budget
 
     def _append_chunk(self, chunks: list[Chunk], seq: Sequence, budget: int) -> int:
         left = seq.num_tokens - seq.num_computed

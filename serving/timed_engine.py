@@ -24,7 +24,7 @@ from .engine_config import EngineConfig
 from .footprint import MAX_CHUNKS
 from .platform import prepare
 from .sampling_params import SamplingParams
-from .scheduler import Schedule
+from .schedule import Schedule
 from .sequence import Sequence
 from .step_replay import LoneSteps, StepsAlone
 

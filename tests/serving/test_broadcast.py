@@ -19,7 +19,8 @@ from paddock.serving.errors import EngineDead, OutOfStep
 from paddock.serving.executor import StepFuture
 from paddock.serving.page_pool import PagePool
 from paddock.serving.processes import Processes
-from paddock.serving.scheduler import Schedule, Scheduler
+from paddock.serving.schedule import Schedule
+from paddock.serving.scheduler import Scheduler
 from paddock.serving.turn import Admission, Lockstep, Turn
 
 WAIT = 20.0
@@ -118,7 +119,7 @@ def test_turns_arrive_as_they_were_told_and_the_end_is_orderly() -> None:
         group.follow(index, read_turns)
     group.leader.welcome(OPTIONS)
     params = SamplingParams(n=2, seed=2**64 - 1, stop=["a"], logit_bias={5: 0.1}, stop_token_ids=[7], max_tokens=None)
-    turns = [Turn(0, (Admission([1, 2], params),), (), 0), Turn(1, (), (0, 3), 2**32 - 1), Turn(2)]
+    turns = [Turn(0, (Admission([1, 2], params, patient=True),), (), 0), Turn(1, (), (0, 3), 2**32 - 1), Turn(2)]
     for turn in turns:
         group.leader.tell(kind="turn", **turn.to_dict())
     assert group.leader.end()

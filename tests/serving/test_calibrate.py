@@ -17,7 +17,7 @@ from paddock.serving.cli import main
 from paddock.serving.pack import Packer, lay_out
 from paddock.serving.planner import plan
 from paddock.serving.sampling_params import SamplingParams
-from paddock.serving.scheduler import Chunk, Schedule
+from paddock.serving.schedule import Chunk, Schedule
 from paddock.serving.sequence import Sequence
 from paddock.serving.speed_profile import Curve, SpeedProfile, read_profile
 from paddock.serving.step_replay import Sizes, StepReplay

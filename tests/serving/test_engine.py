@@ -21,7 +21,8 @@ from paddock.serving.errors import EngineBusy, EngineDead, RequestFailed
 from paddock.serving.executor import Executor, StepFuture
 from paddock.serving.page_pool import PagePool
 from paddock.serving.sampler import Sampled
-from paddock.serving.scheduler import Schedule, Scheduler
+from paddock.serving.schedule import Schedule
+from paddock.serving.scheduler import Scheduler
 from paddock.sharding import Layout
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from paddock.serving.page_pool import PagePool
 from paddock.serving.sampling_params import SamplingParams
-from paddock.serving.scheduler import Schedule, Scheduler
+from paddock.serving.schedule import Schedule
+from paddock.serving.scheduler import Scheduler
 from paddock.serving.sequence import Sequence, SequenceStatus
 
 

@@ -1,0 +1,66 @@
+"""One step: who decodes, and which pieces of prompts run beside."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from .sequence import Sequence, SequenceStatus
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a prompt (or of a preempted sequence's tokens): positions start .. start+length-1."""
+
+    seq: Sequence
+    start: int
+    length: int
+    samples: bool
+    admission: int
+
+    @property
+    def is_stale(self) -> bool:
+        """Its sequence has given way since: other pages may have taken the place of those that it was computed with."""
+        return self.seq.status is not SequenceStatus.RUNNING or self.seq.num_admissions != self.admission
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One step: a token for each decoding sequence, and chunks of others; both partition by partition.
+
+    While the same sequences of one partition decode, `decodes` is the same object. `entered` are pages that decodes
+    write the first token of: slot, index in the page table, page.
+    """
+
+    decodes: tuple[Sequence, ...]
+    chunks: tuple[Chunk, ...]
+    # Slot and position [2 B] of each of `decodes`, `moved` steps ago.
+    first_rows: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((2, 0), np.int32), compare=False)
+    moved: int = 0
+    entered: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def decode_rows(self) -> np.ndarray:
+        """Slot and position [2 B] of each of `decodes`."""
+        return self.first_rows + np.array([[0], [self.moved]], np.int32)
+
+    @property
+    def num_chunk_tokens(self) -> int:
+        return sum([chunk.length for chunk in self.chunks])
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + self.num_chunk_tokens
+
+    @property
+    def sampling(self) -> tuple[Sequence, ...]:
+        """The sequences that this step samples a token for, in order."""
+        return self.decodes + tuple([chunk.seq for chunk in self.chunks if chunk.samples])
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
