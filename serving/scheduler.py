@@ -83,10 +83,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
         self._tick += 1
-        if self._prompts_go_first():
-            shares = [Schedule((), ()) for _ in self.partitions]
-        else:
-            shares = [self._decode(part) for part in self.partitions]
+        # What fits the partitions together may fit none of them: then somebody has to decode to make room.
+        if self._prompts_go_first() and (alone := self._take_prompts([False] * len(self.partitions))):
+            return Schedule((), alone)
+        shares = [self._decode(part) for part in self.partitions]
         chunks: tuple[Chunk, ...] = ()
         if self.waiting or any([part.prefilling for part in self.partitions]):
             chunks = self._take_prompts([bool(share.decodes) for share in shares])

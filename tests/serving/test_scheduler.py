@@ -326,3 +326,16 @@ def test_patience_ends_with_the_free_slots() -> None:
         scheduler.add(sequence(seq_id, 8, patient=True))
     steps = [scheduler.schedule() for _ in range(3)]
     assert [(len(step.chunks), len(step.decodes)) for step in steps] == [(2, 0), (2, 0), (0, 4)]
+
+
+def test_patience_ends_where_a_prompt_fits_no_partition() -> None:
+    """Four pages are free, two in each of the partitions, and the prompt that waits needs all of one's."""
+    scheduler = make(num_pages=5, page_size=4, seqs=4, tokens=16, partitions=2)
+    for seq_id in range(2):
+        scheduler.add(sequence(seq_id, 8, max_tokens=3, patient=True))
+    steps = [scheduler.schedule()]
+    scheduler.add(sequence(2, 16, patient=True))
+    steps += [scheduler.schedule() for _ in range(2)]
+    assert [(len(step.chunks), len(step.decodes)) for step in steps] == [(2, 0), (0, 2), (0, 2)]
+    read(steps, scheduler)
+    assert [chunk.seq.seq_id for chunk in scheduler.schedule().chunks] == [2]
