@@ -33,7 +33,7 @@ class Products:
     """
 
     fused_swiglu: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    fused_rows: range = range(0)
+    fused_rows: tuple[range, ...] = ()
     added: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     added_rows: range = range(0)
 
@@ -45,7 +45,7 @@ class Products:
         self, x: Float[Array, "T D"], gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None
     ) -> Float[Array, "T F"]:
         """SwiGLU's hidden rows (Shazeer 2020)."""
-        if self.fused_swiglu is not None and bias is None and x.shape[0] in self.fused_rows:
+        if self.fused_swiglu is not None and bias is None and any(x.shape[0] in rows for rows in self.fused_rows):
             return self.fused_swiglu(x, gate_up)
         both = self.project(x, gate_up)
         if bias is not None:

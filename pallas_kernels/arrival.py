@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .inline import i32, mosaic, offset_of, scalar_of
+from .inline import i32, mosaic, offset_of, scalar_of, together
 
 # A named barrier that Mosaic, which counts warpgroups from 1, leaves alone.
 BARRIER = 14
@@ -35,13 +35,13 @@ def arrive(counters: Any, row: jax.Array, column: int, others: jax.Array) -> jax
             "mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; mov.u32 before, 0xffffffff; "
             "@first atom.acq_rel.gpu.global.add.u32 before, [$1], 1; "
             "setp.eq.u32 last, before, $2; @last st.relaxed.gpu.global.u32 [$1], 0; "
-            f"barrier.cta.red.or.pred.aligned last, {BARRIER}, 128, last; "
+            f"barrier.cta.red.or.aligned.pred last, {BARRIER}, 128, last; "
             "fence.acq_rel.gpu; selp.b32 $0, 1, 0, last; }",
             offset_of(mgpu.utils.memref_ptr(table), scalar_of(place), 4),
             scalar_of(others),
             result_types=i32(),
             has_side_effects=True,
-            convergent=True,
+            **together(),
         )
         return mgpu.FragmentedArray.splat(last, (), is_signed=True)
 

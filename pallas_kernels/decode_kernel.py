@@ -17,7 +17,7 @@ from .compat import load, load_transposed, placed, product, store_transposed
 from .decode_fetch import fetch, pages_of
 from .decode_merge import LAYOUT, LOADED_BESIDE, along_rows, merge_parts, store_output
 from .decode_new import attend_new, turn_and_append
-from .decode_plan import TILE_TOKENS, tiles_of, walk
+from .decode_plan import TILE_TOKENS, sharers, tiles_of, walk
 from .prefetch import prefetch
 
 COLUMNS = 64  # of a tile that are in registers at a time
@@ -151,11 +151,8 @@ def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
             gmem.lse.at[target][...] = peak + jnp.log(mass) * math.log2(math.e)
             if not merges:
                 return
-            # All shares are as long as the first. The one that begins here is so many before this one:
-            share = gmem.plan[0, 3]
-            before = lax.div(first_tile + share - 1, share)
-            taken = jnp.where(before > 0, first_tile - (before - 1) * share, count)
-            owner, others = worker - before, lax.div(tiles - taken + share - 1, share)
+            # All shares are as long as the first, but for the last.
+            owner, others = sharers(worker, first_tile, count, tiles, gmem.plan[0, 3])
 
             @pl.when(arrive(gmem.plan, owner, plan_columns - 1, others) > 0)
             def _merge() -> None:

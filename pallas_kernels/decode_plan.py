@@ -30,7 +30,8 @@ def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: i
     (arXiv 2301.03598), so that one grid serves every mix of lengths. `resident` of the workers run at a time: up to
     `ENOUGH` tiles are a share as long as each of those gets one, and the rest goes to whoever is done first (some
     multiprocessors read memory a quarter faster than others).
-    The layers of a step call it with the same `kv_len`, and XLA computes it once.
+    The layers of a step call it with the same `kv_len`, and XLA computes it once. Kernels that share a plan must run
+    one after the other, as layers do: each takes what the one before gave.
     """
     order = jnp.arange(kv_len.shape[0])
     tiles = tiles_of(kv_len)
@@ -45,6 +46,14 @@ def work_plan(kv_len: Int[Array, " B"], kv_heads: int, workers: int, resident: i
     return jnp.where(
         count[:, None] > 0, jnp.stack([sequence, head, tile, count, kv_len[sequence], start * 0], axis=1), 0
     ).astype(jnp.int32)
+
+
+def sharers(worker: Any, first_tile: Any, count: Any, tiles: Any, share: Any) -> tuple[Any, Any]:
+    """Of `tiles` in a (sequence, kv head), `worker` has `count` from `first_tile` on, its share being `share` like all
+    others': the worker that has the first of them, and how many others have some."""
+    before = lax.div(first_tile + share - 1, share)
+    taken = jnp.where(before > 0, first_tile - (before - 1) * share, count)
+    return worker - before, lax.div(tiles - taken + share - 1, share)
 
 
 def walk(plan_ref: Any, len_ref: Any, kv_heads: int, visit: Callable[..., Any], state: Any) -> None:

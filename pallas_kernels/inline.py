@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
+
+import jaxlib
 
 
 def mosaic() -> Any:
@@ -24,6 +27,12 @@ def i32() -> Any:
 
 def i64() -> Any:
     return mlir().IntegerType.get_signless(64)
+
+
+def together() -> dict[str, bool]:
+    """What `inline_ptx` takes for PTX in which threads wait for each other, where it knows such a thing."""
+    known = "convergent" in inspect.signature(mosaic().utils.inline_ptx).parameters
+    return {"convergent": True} if known and jaxlib.version.__version_info__ >= (0, 11, 2) else {}
 
 
 def scalar_of(array: Any) -> Any:

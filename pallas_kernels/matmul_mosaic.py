@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from .compat import bound, mosaic_mode
 from .matmul_pairs import split_pairs
 from .matmul_reference import check_matmul, finish
-from .matmul_tiling import DEPTH, ROWS, SMS, TOGETHER, Tiling, choose_tiling, padded
+from .matmul_tiling import DEPTH, ROWS, SMS, TOGETHER, Tiling, check_tiling, choose_tiling, padded
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -71,6 +71,7 @@ def multiply(
     (num_rows, depth), num_columns = x.shape, w.shape[1]
     check_matmul_mosaic(x.dtype, num_rows, depth, num_columns)
     tiling = tiling or choose_tiling(num_rows, depth, num_columns, swiglu=swiglu)
+    check_tiling(tiling, num_rows, depth, num_columns)
     swiglu = swiglu and tiling.split == 1
     dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else x.dtype
     rows = tiling.rows * tiling.blocks * tiling.row_tiles(num_rows)

@@ -70,19 +70,29 @@ def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
 
 def microseconds(tiling: Tiling, m: int, k: int, n: int) -> float:
     """What the product would take: the slower of memory and the busiest multiprocessor, and what splitting adds."""
-    steps, busiest, total, units = k // DEPTH // tiling.split, 0.0, 0.0, 0
+    steps, busiest, total, most = k // DEPTH // tiling.split, 0.0, 0.0, 0
     for _, columns, tiles in tiling.bands(n):
         units = tiles * tiling.split * tiling.blocks * tiling.row_tiles(m)
-        waves = -(-units // SMS)
+        most, waves = max(most, units), -(-units // SMS)
         loaded = 2 * DEPTH * (min(tiling.rows, padded(m)) + columns)
         compute = 2 * tiling.rows * columns * DEPTH / FLOPS
         busiest += waves * steps * max(compute, loaded / INGEST, LATENCY / (tiling.stages - 2))
         total += waves * TILE
-    total += max(2 * k * n / min(HBM, min(units, SMS) * HBM_EACH), busiest)
+    total += max(2 * k * n / min(HBM, min(most, SMS) * HBM_EACH), busiest)
     if tiling.split > 1:
         parts = 4 * tiling.split * padded(m) * n
         total += parts / WRITE + parts / READ + KERNEL
     return total
+
+
+def check_tiling(tiling: Tiling, m: int, k: int, n: int) -> None:
+    """Raise ValueError for a tiling that x [m, k] times w [k, n] cannot be cut by."""
+    if sum(columns * tiles for _, columns, tiles in tiling.bands(n)) != n or k % (DEPTH * tiling.split):
+        raise ValueError(f"{tiling} does not divide w [{k}, {n}]")
+    if tiling.split > 1 and (tiling.row_tiles(m) > 1 or tiling.narrow[0]):
+        raise ValueError(f"{tiling} splits K, and for that {m} rows must be one tile and all tiles as wide")
+    if tiling.narrow[0] and k // DEPTH % tiling.stages:
+        raise ValueError(f"{tiling} has narrow tiles, and for that {k // DEPTH} steps must be a multiple of its stages")
 
 
 def padded(m: int) -> int:

@@ -16,6 +16,9 @@ from .partition import Partition
 from .schedule import Chunk, Schedule
 from .sequence import Sequence, SequenceStatus
 
+# Steps in a row that have no room for who could decode: some seconds of an 8B on an H100.
+MOST_ALONE = 32
+
 
 class Scheduler:
     """First come first served, decodes before prompts, prompts in chunks, preemption by recompute.
@@ -30,7 +33,7 @@ class Scheduler:
     groups of the same size in flight, and prompts are cut so that there is a chunk for every stage.
 
     Sequences that are patient, if no others decode, wait while there are prompts for whole steps: then more of them
-    decode together, in steps that take little longer for it, and end together. No longer than there are free slots.
+    decode together, in steps that take little longer for it, and end together. For MOST_ALONE steps in a row at most.
 
     `chunk_sizes` are the numbers of prompt tokens that steps are compiled for, ascending. Prompts are cut to them
     rather than padded: 600 tokens in a step compiled for 4,096 would take as long as 4,096.
@@ -55,6 +58,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
         self._tick = 0
+        self._num_alone = 0
         # Who took the last tokens, and once they have taken two, all of them as one.
         self._landed: Many[Sequence] = ()
         self._landing: Landing | None = None
@@ -85,7 +89,9 @@ class Scheduler:
         self._tick += 1
         # What fits the partitions together may fit none of them: then somebody has to decode to make room.
         if self._prompts_go_first() and (alone := self._take_prompts([False] * len(self.partitions))):
+            self._num_alone += 1
             return Schedule((), alone)
+        self._num_alone = 0
         shares = [self._decode(part) for part in self.partitions]
         chunks: tuple[Chunk, ...] = ()
         if self.waiting or any([part.prefilling for part in self.partitions]):
@@ -98,7 +104,9 @@ class Scheduler:
 
     def _prompts_go_first(self) -> bool:
         """Not over stages, where groups that decode keep the others busy."""
-        if not self.waiting or self.num_stages > 1 or not all([part.decoding.is_patient for part in self.partitions]):
+        if not self.waiting or self.num_stages > 1 or self._num_alone == MOST_ALONE:
+            return False
+        if not all([part.decoding.is_patient for part in self.partitions]):
             return False
         return all(left >= self.max_num_batched_tokens for left, _ in self._prompts())
 

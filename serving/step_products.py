@@ -32,9 +32,11 @@ COMPILER = "xla"
 MAILBOXES = "mailboxes"
 # Where the kernel was measured to be the faster one (docs/numbers.md): cards with NVLink, and devices that reduce.
 MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
-# Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those with SwiGLU in them, and those
-# that end a block; and any number that a step may have.
-FUSED_ROWS, ADDED_ROWS, ALL_ROWS = range(32, 2**20), range(32, 257), range(1, 2**20)
+# Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those with SwiGLU in them, where many
+# rows that fill no whole tiles would be copied, and those that end a block; and any number that a step may have.
+ALL_ROWS = range(1, 2**20)
+ADDED_ROWS = range(32, 257)
+FUSED_ROWS = (ADDED_ROWS, range(256, 2**20, 256))
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
@@ -72,7 +74,7 @@ def check_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
     if name not in ADD_NORM:
         raise ValueError(f"add_norm {name!r} is unknown; there are {', '.join(sorted({*ADD_NORM, COMPILER}))}")
     try:
-        if layout.mesh.size != layout.num_shards("layers"):
+        if not _whole_layers(layout):
             raise ValueError("rules: layers are split over devices, so that a row is not all on one")
         if name == "mosaic":
             check_hopper(layout.mesh.devices.flat[0])
@@ -98,14 +100,19 @@ def choose_products(name: str, config: LlamaConfig, layout: Layout, dtype: Any) 
         if name != "reference":
             check_hopper(layout.mesh.devices.flat[0])
             hidden = config.mlp_dim // layout.num_shards("mlp")
-            check_matmul_mosaic(dtype, FUSED_ROWS[0], config.embed_dim, 2 * hidden)
-            for depth in (hidden, config.num_heads * config.head_dim):
+            check_matmul_mosaic(dtype, ADDED_ROWS[0], config.embed_dim, 2 * hidden)
+            for depth in (hidden, config.num_heads * config.head_dim) if _whole_layers(layout) else ():
                 check_matmul_mosaic(dtype, ADDED_ROWS[0], depth, config.embed_dim)
     except ValueError as error:
         if name != "auto":
             raise ValueError(f"products {name}: {error}") from error
         return COMPILER
     return "mosaic" if name == "auto" else name
+
+
+def _whole_layers(layout: Layout) -> bool:
+    """Every device has all of the layers that it has a part of."""
+    return layout.mesh.size == layout.num_shards("layers")
 
 
 def check_hopper(device: Any) -> None:
@@ -154,9 +161,9 @@ def _kernels(plan: StepPlan) -> dict[str, Any]:
     split = PartitionSpec(None, columns)
     kernels: dict[str, Any] = {
         "fused_swiglu": plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split),
-        "fused_rows": FUSED_ROWS if ours else ALL_ROWS,
+        "fused_rows": FUSED_ROWS if ours else (ALL_ROWS,),
     }
-    if plan.layout.mesh.size == plan.layout.num_shards("layers"):
+    if _whole_layers(plan.layout):
         kernels["added"] = plan.layout.shard_map(add, (whole, whole, whole), whole)
         kernels["added_rows"] = ADDED_ROWS if ours else ALL_ROWS
     return kernels

@@ -106,7 +106,11 @@ def test_calls_of_one_program_share_a_plan() -> None:
 
     @jax.jit
     def layers(qkv: jax.Array) -> list[jax.Array]:
-        return [DECODE_APPEND["mosaic"](qkv * factor, *arguments, scale=0.1)[0] for factor in (1, 2, 1, 2, 1)]
+        outs: list[jax.Array] = []
+        for factor in (1, 2, 1, 2, 1):
+            after = 0 * outs[-1].sum() if outs else 0  # one after the other, as layers run
+            outs.append(DECODE_APPEND["mosaic"](qkv * factor + after, *arguments, scale=0.1)[0])
+        return outs
 
     for _ in range(20):
         first, second, *others = layers(new.qkv)

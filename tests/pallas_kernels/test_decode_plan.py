@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paddock.pallas_kernels.decode_plan import TILE_TOKENS, work_plan
+from paddock.pallas_kernels.decode_plan import TILE_TOKENS, sharers, work_plan
 
 
 def tiles_in(plan: np.ndarray, lengths: list[int], kv_heads: int) -> list[tuple[int, int, int]]:
@@ -35,3 +35,25 @@ def test_every_tile_is_done_once_in_order_and_shares_are_equal(lengths: list[int
     assert plan[:-1, 4].tolist() == [
         lengths[sequence] if count else 0 for sequence, _, _, count, _, _ in plan[:-1].tolist()
     ]
+
+
+@pytest.mark.parametrize("workers", [2, 7, 100])
+@pytest.mark.parametrize(("lengths", "kv_heads"), [([0, 1, 64, 65, 0, 1000], 2), ([9000], 1), ([700] * 3, 3)])
+def test_sharers_are_counted_alike_by_all_of_them(lengths: list[int], kv_heads: int, workers: int) -> None:
+    plan = np.asarray(work_plan(jnp.int32(lengths), kv_heads, workers, workers))
+    pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (worker, first tile, tiles) by (sequence, head)
+    for worker, row in enumerate(plan.tolist()):
+        for sequence, head, tile in tiles_in(np.asarray([row]), lengths, kv_heads):
+            found = pieces.setdefault((sequence, head), [])
+            if found and found[-1][0] == worker:
+                found[-1] = (worker, found[-1][1], found[-1][2] + 1)
+            else:
+                found.append((worker, tile, 1))
+    assert len(pieces) == len(lengths) * kv_heads
+    share = int(plan[0, 3])
+    for (sequence, _), found in pieces.items():
+        tiles = max(1, -(-lengths[sequence] // TILE_TOKENS))
+        assert sum(count for _, _, count in found) == tiles
+        for worker, first, count in found if len(found) > 1 else ():
+            owner, others = sharers(*(jnp.int32(x) for x in (worker, first, count, tiles, share)))
+            assert (int(owner), int(others)) == (found[0][0], len(found) - 1)

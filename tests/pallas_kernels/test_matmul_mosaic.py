@@ -119,6 +119,20 @@ def test_what_the_kernel_cannot_do_is_refused(dtype: Any, m: int, k: int, n: int
         matmul_mosaic(jnp.zeros((m, k), dtype), jnp.zeros((k, n), dtype), interpret=True)
 
 
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        (Tiling(64, 192, 1, 3), r"does not divide w \[128, 256\]"),
+        (Tiling(64, 64, 2, 3), "splits K, and for that 100 rows must be one tile"),
+        (Tiling(64, 128, 1, 3, narrow=(2, 64)), "2 steps must be a multiple of its stages"),
+    ],
+)
+def test_a_tiling_that_does_not_fit_is_refused(tiling: Tiling, message: str) -> None:
+    x, w = operands(100, 128, 256)
+    with pytest.raises(ValueError, match=message):
+        matmul_mosaic(x, w, tiling=tiling, interpret=True)
+
+
 def test_a_norm_of_odd_width_is_refused() -> None:
     x, w = operands(8, 64, 64)
     with pytest.raises(ValueError, match="a multiple of 128 columns, 16384 at most: got 64"):

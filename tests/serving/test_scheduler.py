@@ -339,3 +339,15 @@ def test_patience_ends_where_a_prompt_fits_no_partition() -> None:
     assert [(len(step.chunks), len(step.decodes)) for step in steps] == [(2, 0), (0, 2), (0, 2)]
     read(steps, scheduler)
     assert [chunk.seq.seq_id for chunk in scheduler.schedule().chunks] == [2]
+
+
+def test_patience_ends_after_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whose first token is their last give their slots back, so that there are always free ones."""
+    monkeypatch.setattr("paddock.serving.scheduler.MOST_ALONE", 3)
+    scheduler = make(num_pages=257, seqs=64, tokens=16)
+    scheduler.add(sequence(0, 8, patient=True))
+    for seq_id in range(1, 20):
+        scheduler.add(sequence(seq_id, 8, max_tokens=1, patient=True))
+    steps = [scheduler.schedule() for _ in range(6)]
+    assert [len(step.decodes) for step in steps] == [0, 0, 0, 1, 0, 0]
+    assert all(len(step.chunks) == 2 for step in steps)
