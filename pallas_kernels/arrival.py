@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .inline import i32, mosaic, offset_of, scalar_of, together
+from .inline import convergent, i32, mosaic, offset_of, scalar_of
 
 # A named barrier that Mosaic, which counts warpgroups from 1, leaves alone.
 BARRIER = 14
 SCALAR: Any = plgpu.Layout.WG_SPLAT
 
 
-def arrive(counters: Any, row: jax.Array, column: int, others: jax.Array) -> jax.Array:
+def arrive(counters: Any, row: jax.Array, others: jax.Array) -> jax.Array:
     """Called by the first warpgroup of a block when its part is written: 1 if `others` blocks have called before, whose
     parts it then sees, else 0.
 
-    Counts at counters [N, C] int32, which must be 0 and is 0 again afterwards: by the last one, as a semaphore of
-    stream-K's (arXiv 2301.03598) does. Nobody waits for anybody.
+    Counts in the last column of `row` of counters [N, C] int32, which must be 0 and is made 0 again by the last one, as
+    stream-K's semaphores are (arXiv 2301.03598). Nobody waits for anybody.
     """
     columns = counters.shape[1]
     one = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
@@ -41,8 +41,8 @@ def arrive(counters: Any, row: jax.Array, column: int, others: jax.Array) -> jax
             scalar_of(others),
             result_types=i32(),
             has_side_effects=True,
-            **together(),
+            **convergent(),
         )
         return mgpu.FragmentedArray.splat(last, (), is_signed=True)
 
-    return count(counters, row * columns + column, others)
+    return count(counters, row * columns + columns - 1, others)

@@ -64,7 +64,7 @@ def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
     """Attend: total is [h, rows], and everything else has a column for each of the group's query heads too."""
     worker = lax.axis_index("worker")
     kv_heads, head_dim, rows = gmem.k.shape[1], gmem.k.shape[3], smem.weights.shape[0]
-    quantized, appends, plan_columns = bool(gmem.scales), bool(gmem.rotation), gmem.plan.shape[1]
+    quantized, appends = bool(gmem.scales), bool(gmem.rotation)
     scale = scale * math.log2(math.e)  # powers of 2 instead of e: the hardware has an instruction for them
 
     def attend_share(sequence: Any, head: Any, first_tile: Any, count: Any, length: Any, ring: Any) -> Any:
@@ -154,7 +154,7 @@ def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
             # All shares are as long as the first, but for the last.
             owner, others = sharers(worker, first_tile, count, tiles, gmem.plan[0, 3])
 
-            @pl.when(arrive(gmem.plan, owner, plan_columns - 1, others) > 0)
+            @pl.when(arrive(gmem.plan, owner, others) > 0)
             def _merge() -> None:
                 target, own = gmem.out.at[sequence, head], smem.out.at[pl.ds(0, rows)]
                 how: dict[str, Any] = {"loaded": LOADED_BESIDE, "columns": pl.ds(0, head_dim)}

@@ -29,8 +29,9 @@ def i64() -> Any:
     return mlir().IntegerType.get_signless(64)
 
 
-def together() -> dict[str, bool]:
-    """What `inline_ptx` takes for PTX in which threads wait for each other, where it knows such a thing."""
+def convergent() -> dict[str, bool]:
+    """What `inline_ptx` takes beside PTX in which threads wait for each other, where it knows of such: then no copy is
+    made of it."""
     known = "convergent" in inspect.signature(mosaic().utils.inline_ptx).parameters
     return {"convergent": True} if known and jaxlib.version.__version_info__ >= (0, 11, 2) else {}
 

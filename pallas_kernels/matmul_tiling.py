@@ -63,8 +63,9 @@ def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
         raise ValueError(f"matmul_mosaic needs w's rows to be a multiple of {DEPTH}: got {k}")
     if n % COLUMNS[0]:
         raise ValueError(f"matmul_mosaic needs w's columns to be a multiple of {COLUMNS[0]}: got {n}")
-    fitting = [t for t in _tilings(m, swiglu) if n % t.columns == 0 and k % (DEPTH * t.split) == 0]
-    narrowed = [t for tiling in _tilings(m, swiglu) if tiling.split == 1 for t in _narrowed(tiling, k, n)]
+    tilings = _tilings(m, swiglu)
+    fitting = [t for t in tilings if n % t.columns == 0 and k % (DEPTH * t.split) == 0]
+    narrowed = [t for tiling in tilings if tiling.split == 1 for t in _narrowed(tiling, k, n)]
     return min([*fitting, *narrowed], key=lambda tiling: microseconds(tiling, m, k, n))
 
 

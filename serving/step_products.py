@@ -32,11 +32,9 @@ COMPILER = "xla"
 MAILBOXES = "mailboxes"
 # Where the kernel was measured to be the faster one (docs/numbers.md): cards with NVLink, and devices that reduce.
 MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
-# Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those with SwiGLU in them, where many
-# rows that fill no whole tiles would be copied, and those that end a block; and any number that a step may have.
-ALL_ROWS = range(1, 2**20)
-ADDED_ROWS = range(32, 257)
-FUSED_ROWS = (ADDED_ROWS, range(256, 2**20, 256))
+# Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those of a batch and, with SwiGLU in
+# them, of prompts, where rows that fill no whole tiles would be copied; and any number that a step may have.
+BATCH_ROWS, PROMPT_ROWS, ALL_ROWS = range(32, 257), range(256, 2**20, 256), range(1, 2**20)
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
@@ -100,9 +98,9 @@ def choose_products(name: str, config: LlamaConfig, layout: Layout, dtype: Any) 
         if name != "reference":
             check_hopper(layout.mesh.devices.flat[0])
             hidden = config.mlp_dim // layout.num_shards("mlp")
-            check_matmul_mosaic(dtype, ADDED_ROWS[0], config.embed_dim, 2 * hidden)
+            check_matmul_mosaic(dtype, BATCH_ROWS[0], config.embed_dim, 2 * hidden)
             for depth in (hidden, config.num_heads * config.head_dim) if _whole_layers(layout) else ():
-                check_matmul_mosaic(dtype, ADDED_ROWS[0], depth, config.embed_dim)
+                check_matmul_mosaic(dtype, BATCH_ROWS[0], depth, config.embed_dim)
     except ValueError as error:
         if name != "auto":
             raise ValueError(f"products {name}: {error}") from error
@@ -161,9 +159,9 @@ def _kernels(plan: StepPlan) -> dict[str, Any]:
     split = PartitionSpec(None, columns)
     kernels: dict[str, Any] = {
         "fused_swiglu": plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split),
-        "fused_rows": FUSED_ROWS if ours else (ALL_ROWS,),
+        "fused_rows": (BATCH_ROWS, PROMPT_ROWS) if ours else (ALL_ROWS,),
     }
     if _whole_layers(plan.layout):
         kernels["added"] = plan.layout.shard_map(add, (whole, whole, whole), whole)
-        kernels["added_rows"] = ADDED_ROWS if ours else ALL_ROWS
+        kernels["added_rows"] = BATCH_ROWS if ours else ALL_ROWS
     return kernels

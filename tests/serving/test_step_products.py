@@ -1,4 +1,5 @@
-"""The option all_reduce: what it may be in which layout, and that explicit reductions are the same two a layer."""
+"""The options all_reduce, add_norm and products: what they may be in which layout, and that all give the same tokens,
+explicit reductions by the same two a layer."""
 
 from __future__ import annotations
 
@@ -30,36 +31,28 @@ def test_auto_leaves_cpus_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "rules", "message"),
+    ("option", "name", "mesh", "rules", "message"),
     [
-        ("ring", "tensor=2", "", "all_reduce 'ring' is unknown; there are mosaic, reference, xla"),
-        ("mosaic", "tensor=2", "", "all_reduce mosaic: cpu is no NVIDIA Hopper GPU"),
-        ("reference", "", "", "nothing to reduce"),
-        ("reference", "tensor=2", "tokens=tensor", "tokens is split"),
-        ("reference", "tensor=2,x=2", "q_heads=x", "summed over other devices"),
-        ("reference", "pipe=2,tensor=2", "", "layers is split"),
+        ("all_reduce", "ring", "tensor=2", "", "all_reduce 'ring' is unknown; there are mosaic, reference, xla"),
+        ("all_reduce", "mosaic", "tensor=2", "", "all_reduce mosaic: cpu is no NVIDIA Hopper GPU"),
+        ("all_reduce", "reference", "", "", "nothing to reduce"),
+        ("all_reduce", "reference", "tensor=2", "tokens=tensor", "tokens is split"),
+        ("all_reduce", "reference", "tensor=2,x=2", "q_heads=x", "summed over other devices"),
+        ("all_reduce", "reference", "pipe=2,tensor=2", "", "layers is split"),
+        ("add_norm", "layer", "", "", "add_norm 'layer' is unknown; there are mosaic, reference, xla"),
+        ("add_norm", "mosaic", "", "", "add_norm mosaic: cpu is no NVIDIA Hopper GPU"),
+        ("add_norm", "reference", "tensor=2", "", "add_norm reference: rules: layers are split over devices"),
+        ("products", "relu", "", "", "products 'relu' is unknown; there are mosaic, reference, xla"),
+        ("products", "mosaic", "", "", "products mosaic: cpu is no NVIDIA Hopper GPU"),
+        ("products", "reference", "tensor=2", "tokens=tensor", "products reference: rules: tokens is split"),
+        ("products", "reference", "x=2", "embed=x", "products reference: rules: embed is split"),
     ],
 )
 def test_what_cannot_be_had_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, rules: str, message: str
+    monkeypatch: pytest.MonkeyPatch, option: str, name: str, mesh: str, rules: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_tiny(monkeypatch, mesh=mesh, rules=rules, all_reduce=name)
-
-
-@pytest.mark.parametrize(
-    ("name", "mesh", "message"),
-    [
-        ("layer", "", "add_norm 'layer' is unknown; there are mosaic, reference, xla"),
-        ("mosaic", "", "add_norm mosaic: cpu is no NVIDIA Hopper GPU"),
-        ("reference", "tensor=2", "add_norm reference: rules: layers are split over devices"),
-    ],
-)
-def test_an_add_norm_that_cannot_be_had_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        resolve_tiny(monkeypatch, mesh=mesh, add_norm=name)
+        resolve_tiny(monkeypatch, mesh=mesh, rules=rules, **{option: name})
 
 
 def test_addition_and_norm_together_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
@@ -68,22 +61,6 @@ def test_addition_and_norm_together_give_the_same_tokens(monkeypatch: pytest.Mon
         resolved = resolve_tiny(monkeypatch, mesh=mesh, add_norm="reference")
         assert resolved.plan.add_norm == "reference"
         assert_same(run(resolved, pages=1000, full=True), alone)
-
-
-@pytest.mark.parametrize(
-    ("name", "mesh", "rules", "message"),
-    [
-        ("relu", "", "", "products 'relu' is unknown; there are mosaic, reference, xla"),
-        ("mosaic", "", "", "products mosaic: cpu is no NVIDIA Hopper GPU"),
-        ("reference", "tensor=2", "tokens=tensor", "products reference: rules: tokens is split"),
-        ("reference", "x=2", "embed=x", "products reference: rules: embed is split"),
-    ],
-)
-def test_products_that_cannot_be_had_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, rules: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        resolve_tiny(monkeypatch, mesh=mesh, rules=rules, products=name)
 
 
 def test_explicit_products_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
