@@ -41,7 +41,7 @@ def read_call(mailbox: Any, block: jax.Array) -> jax.Array:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INT)
     def read(_: Any, table: Any, block: Any) -> Any:
         mgpu = mosaic()
-        counter = offset_of(_entry(table, -2), block, 4)
+        counter = offset_of(_entry(table, -2), scalar_of(block), 4)
         call = mgpu.utils.inline_ptx(
             "ld.relaxed.gpu.global.u32 $0, [$1];", counter, result_types=i32(), has_side_effects=True
         )
@@ -60,7 +60,7 @@ def end_call(mailbox: Any, block: jax.Array, call: jax.Array) -> None:
         mgpu.warpgroup_barrier()  # everyone has read it
         mgpu.utils.inline_ptx(
             "st.relaxed.gpu.global.u32 [$0], $1;",
-            offset_of(_entry(table, -2), block, 4),
+            offset_of(_entry(table, -2), scalar_of(block), 4),
             following,
             predicate=mgpu.single_thread_predicate(scope=mgpu.ThreadSubset.WARPGROUP),
         )
