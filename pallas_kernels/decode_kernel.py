@@ -13,11 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .arrival import arrive
-from .compat import load, load_transposed, placed, product, store_transposed
+from .compat import await_kernel_before, load, load_transposed, placed, product, store_transposed
 from .decode_fetch import fetch, pages_of
-from .decode_merge import LAYOUT, LOADED_BESIDE, along_rows, merge_parts, store_output
+from .decode_merge import LAYOUT, along_rows, store_output
 from .decode_new import attend_new, turn_and_append
 from .decode_plan import TILE_TOKENS, sharers, tiles_of, walk
+from .merge_inline import merge_inline
 from .prefetch import prefetch
 
 COLUMNS = 64  # of a tile that are in registers at a time
@@ -35,6 +36,7 @@ def attend(
     rotated: bool,
     ahead_bytes: int,
     merges: bool,
+    interpret: bool,
     **scratch: Any,
 ) -> None:
     """q_ref, out_ref [B, K, G, h]; k_ref, v_ref [P, K, p, h]; table_ref [B, N]; len_ref [B]; plan_ref: `work_plan`.
@@ -50,6 +52,7 @@ def attend(
     gmem.scales, gmem.rotation = (inputs, []) if rotated else ([], inputs)
     gmem.out, gmem.parts, gmem.lse = out_ref, parts_ref, lse_ref
     smem = SimpleNamespace(**scratch)
+    await_kernel_before(interpret)
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup == 0)(functools.partial(_compute, gmem, smem, scale, merges))
 
@@ -156,9 +159,7 @@ def _compute(gmem: Any, smem: Any, scale: float, merges: bool) -> None:
 
             @pl.when(arrive(gmem.plan, owner, others) > 0)
             def _merge() -> None:
-                target, own = gmem.out.at[sequence, head], smem.out.at[pl.ds(0, rows)]
-                how: dict[str, Any] = {"loaded": LOADED_BESIDE, "columns": pl.ds(0, head_dim)}
-                merge_parts(gmem.parts, gmem.lse, owner, others, target, own, **how)
+                merge_inline(gmem.parts, gmem.lse, gmem.out, owner, others, sequence * kv_heads + head)
 
         return ring
 

@@ -10,13 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .compat import load, placed, store_transposed
+from .compat import await_kernel_before, load, placed, store_transposed
 from .decode_plan import tiles_of
 
 LAYOUT = plgpu.Layout.WGMMA
 LOADED = 8192  # float32 values on their way at a time: 64 registers of each thread
-# And where blocks that attend merge: with more registers two of them would not fit a multiprocessor.
-LOADED_BESIDE = 4096
 
 
 def along_rows(vector: Any, matrix: Any) -> Any:
@@ -33,13 +31,13 @@ def store_output(total: Any, out_smem: Any, out_ref: Any) -> None:
 
 
 def merge_parts(
-    parts_ref: Any, lse_ref: Any, owner: Any, others: Any, out_ref: Any, out_smem: Any, *, loaded: int, columns: Any
+    parts_ref: Any, lse_ref: Any, owner: Any, others: Any, out_ref: Any, out_smem: Any, columns: Any
 ) -> None:
     """Merge what worker `owner` and the `others` after it found in one (sequence, kv head) into out_ref [G, c], which
     are the c `columns` of head_dim.
 
     parts_ref [workers, 2, h, rows], lse_ref [workers, 2, rows]: what a worker went on with lies in its slot 0, what it
-    began and left to the next workers in its slot 1. out_smem [rows, c]. `loaded` values are on their way at a time.
+    began and left to the next workers in its slot 1. out_smem [rows, c].
     """
 
     def part(i: Any) -> tuple[Any, Any]:
@@ -47,7 +45,7 @@ def merge_parts(
         return load(parts_ref.at[(*source, columns)], LAYOUT), load(lse_ref.at[source], LAYOUT.reduce(0))
 
     total, peak = part(0)
-    together = max(1, loaded // total.size)
+    together = max(1, LOADED // total.size)
 
     def add(step: Any, carry: Any) -> Any:
         total, peak, mass = carry
@@ -69,9 +67,12 @@ def merge_parts(
     store_output(total / along_rows(mass, total), out_smem, out_ref)
 
 
-def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_ref: Any, out_smem: Any) -> None:
+def merge_share(
+    parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_ref: Any, *, out_smem: Any, interpret: bool
+) -> None:
     """Kernel body: where a worker's share ends inside a (sequence, kv head), `merge_parts`. out_ref [B, K, G, h];
     out_smem [rows, h or a part of it]."""
+    await_kernel_before(interpret)
     worker = lax.axis_index("worker")
     columns = pl.ds(lax.axis_index("columns") * out_smem.shape[1], out_smem.shape[1])
     share = plan_ref[worker, 3]
@@ -81,5 +82,5 @@ def merge_share(parts_ref: Any, lse_ref: Any, plan_ref: Any, len_ref: Any, out_r
     def _merge() -> None:
         others = lax.div(tiles_of(len_ref[sequence]) - taken + share - 1, share)
         target = out_ref.at[sequence, head, :, columns]
-        merge_parts(parts_ref, lse_ref, worker, others, target, out_smem, loaded=LOADED, columns=columns)
+        merge_parts(parts_ref, lse_ref, worker, others, target, out_smem, columns)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -21,10 +21,9 @@ from .decode_plan import TILE_TOKENS, work_plan
 
 RESIDENT = 2 * 132  # thread blocks that run at a time: two on each multiprocessor of an H100 or H200
 MOST_WAVES = 4  # times as many blocks as run at a time, where there are many (sequence, kv head) pairs
-# Up to so many parts of a (sequence, kv head), if all are as long, are merged by the last block that has one: a kernel
-# less. More of them a kernel of its own merges faster, by many blocks (H100, one sequence of 32,768 tokens, so that kv
-# heads have 33 parts each: some 59 us in all where this took 68).
-MOST_PARTS = 4
+# From so many (sequence, kv head) pairs on their parts are merged by the last block that has one, a kernel less. The
+# parts of fewer, of which each may have a hundred, a kernel of its own merges faster, by many blocks.
+FEWEST_PAIRS = 8
 STAGES = 3  # tiles of K and V in flight for each: 3 * 2 * 16 KiB at head_dim 128
 INTERPRETED_RESIDENT = 3
 # Of the matrix after attention, asked for by a kernel that leaves the memory idle while it begins and ends: 16 MiB made
@@ -144,7 +143,7 @@ def _attend(
     waves = min(max(round(batch * kv_heads / resident), 1), MOST_WAVES)
     workers = waves * resident
     # The interpreter's blocks cannot count each other.
-    merges = not interpret and batch * kv_heads * MOST_PARTS >= resident
+    merges = not interpret and batch * kv_heads >= FEWEST_PAIRS
     plan = work_plan(kv_len, kv_heads, workers, resident)
     following = () if ahead is None or interpret or waves > AHEAD_WAVES else (ahead,)
     rows, fetched = (pl.cdiv(count, SMEM_ROWS) * SMEM_ROWS for count in (group, vectors))
@@ -165,6 +164,7 @@ def _attend(
             rotated=not rotation,
             ahead_bytes=AHEAD_BYTES if following else 0,
             merges=merges,
+            interpret=interpret,
         ),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), q.dtype),
@@ -196,7 +196,7 @@ def _attend(
         columns = 64 if waves == 1 else head_dim  # few sequences may have many parts each: more blocks then merge them
         out_ref = jax.new_ref(out)  # what is still missing is written in place
         kernel(
-            merge_share,
+            bound(merge_share, interpret=interpret),
             scratch_types=dict(out_smem=plgpu.SMEM((rows, columns), q.dtype)),
             grid=(workers, head_dim // columns),
             grid_names=("worker", "columns"),

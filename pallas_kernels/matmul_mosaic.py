@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .compat import bound, mosaic_mode
+from .compat import await_kernel_before, bound, mosaic_mode
 from .matmul_pairs import split_pairs
 from .matmul_reference import check_matmul, finish
 from .matmul_tiling import DEPTH, ROWS, SMS, TOGETHER, Tiling, check_tiling, choose_tiling, padded
@@ -135,6 +135,7 @@ def _walk(
     interpret: bool,
 ) -> None:
     """Kernel body. x_ref [rows, K]; w_ref [K, N]; out_ref [split, rows, N or N/2]."""
+    await_kernel_before(interpret)
     warpgroup, worker, workers = lax.axis_index("warpgroup"), lax.axis_index("worker"), lax.axis_size("worker")
     half = lax.axis_index("half") * tiling.rows if tiling.pair else worker * 0
     steps = x_ref.shape[1] // DEPTH // tiling.split

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .compat import await_kernel_before
 from .prefill_mosaic_load import load
 from .prefill_mosaic_ops import Interpreted, TensorCores
 from .prefill_mosaic_share import BLOCK, COLUMNS, PRODUCER, ROWS, Share
@@ -44,6 +45,7 @@ def attend(
     interpret: bool,
 ) -> None:
     """Kernel body. q_ref, out_ref [T, H, h]; k_ref, v_ref [P, K, p, h]; table_ref [C, N]; items_ref [5, M]."""
+    await_kernel_before(interpret)
     heads, head_dim = q_ref.shape[1:]
     stages, dtype = k_smem.shape[0], k_smem.dtype
     share = Share(items_ref, counts_ref, heads, head_dim, pair)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from .checks import check_append, check_rotation
-from .compat import bound, kernel, load, mosaic_mode, placed
+from .compat import await_kernel_before, bound, kernel, load, mosaic_mode, placed
 
 LANE = 128  # values that the threads of a block turn at a time: one head, or two of 64
 LAYOUT = plgpu.Layout.WG_STRIDED((LANE,), vec_size=1)
@@ -84,6 +84,7 @@ def _turn_token(
     interpret: bool,
 ) -> None:
     """Kernel body: fetched and turned [rows, h], the queries before the keys; values [K, h]."""
+    await_kernel_before(interpret)
     token = lax.axis_index("token")
     kv_heads, vectors, head_dim = qkv_ref.shape[1:]
     group, half, queries = vectors - 2, head_dim // 2, kv_heads * (vectors - 2)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ from .compiler import Compiler, CompileReport
 from .engine import Engine, Limits
 from .engine_config import EngineConfig
 from .executor import Executor
+from .exporter import Exporter, choose_processes
 from .page_pool import PagePool
 from .platform import cache_dir, prepare
 from .program_cache import ProgramCache
@@ -72,22 +73,23 @@ def build(
         tokenizer, chat_template = _text_side(config, resolved)
     if config.cache_weights and jax.process_count() > 1:
         raise ValueError("cache_weights is for one process; over several give each an Orbax folder (paddock convert)")
-    with phase("load"):
-        folder = resolved.folder or Path()
-        params = load(
-            folder,
-            resolved.model,
-            resolved.plan.layout,
-            resolved.dtype,
-            config.load_format,
-            seed=config.seed,
-            progress=progress,
-            cache=WeightsCache(cache_dir(config) / "weights") if config.cache_weights else None,
-        )
-    with phase("compile"):
-        compiler = make(_program_cache(config, resolved.programs), progress=progress)
-        executor = Executor(resolved.programs, params, compiler)
-        report = compiler.report
+    exporter = _exporter(config, resolved.programs)
+    with exporter or nullcontext():
+        compiler = make(_program_cache(config, resolved.programs), exporter, progress=progress)
+        compiler.foresee(resolved.programs.jobs())
+        with phase("load"):
+            params = load(
+                resolved.folder or Path(),
+                resolved.model,
+                resolved.plan.layout,
+                resolved.dtype,
+                config.load_format,
+                seed=config.seed,
+                progress=progress,
+                cache=WeightsCache(cache_dir(config) / "weights") if config.cache_weights else None,
+            )
+        with phase("compile"):
+            executor, report = Executor(resolved.programs, params, compiler), compiler.report
     made = report.num_lowered, report.num_compiled
     logger.info("%d programs found on disk, %d lowered, of which %d compiled", report.num_found, *made)
     scheduler = Scheduler(
@@ -115,6 +117,16 @@ def _program_cache(config: EngineConfig, programs: Programs) -> ProgramCache | N
     if jax.process_count() > 1 or programs.plan.layout.mesh.devices.flat[0].platform == "cpu":
         return None
     return ProgramCache(cache_dir(config) / "programs", list(programs.plan.layout.mesh.devices.flat), programs.facts())
+
+
+def _exporter(config: EngineConfig, programs: Programs) -> Exporter | None:
+    """Raises ValueError for processes that lower beside others that run the engine together."""
+    if jax.process_count() > 1:
+        if config.lowering_processes:
+            raise ValueError("lowering_processes is for one process: an engine over several lowers in each of them")
+        return None
+    count = choose_processes(config.lowering_processes, programs.plan.layout.mesh.devices.flat[0].platform)
+    return Exporter(programs, count) if count else None
 
 
 def _text_side(config: EngineConfig, resolved: Resolved) -> tuple[Tokenizer | None, ChatTemplate | None]:

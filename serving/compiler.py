@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jax.export import Exported
 from tqdm import tqdm
 
 from .program_cache import ProgramCache
@@ -31,17 +33,26 @@ jax.monitoring.register_event_listener(_FINDS.note)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A program to be: how to lower it, and XLA's options for it."""
+    """A program to be: how to lower it, and XLA's options for it. `exportable`: `lower` takes it exported, too."""
 
-    lower: Callable[[], jax.stages.Lowered]
+    lower: Callable[..., jax.stages.Lowered]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exportable: bool = False
+
+
+@runtime_checkable
+class Exporting(Protocol):
+    """Who lowers exportable programs elsewhere: an `Exporter`."""
+
+    def start(self, keys: Sequence[Any]) -> None: ...
+    def result(self, key: Any) -> Exported: ...
 
 
 @dataclasses.dataclass
 class CompileReport:
     """Where the time went: programs that were found whole, those that had to be lowered, and those of them that JAX's
-    own cache did not have. `lower_seconds` are this thread's; `read_seconds` and `compile_seconds` are those of all
-    threads together, and with lowering they overlap."""
+    own cache did not have. `lower_seconds` are this thread's, with what it waits for processes that lower;
+    `read_seconds` and `compile_seconds` are those of all threads together, and with lowering they overlap."""
 
     num_found: int = 0
     num_lowered: int = 0
@@ -54,32 +65,43 @@ class CompileReport:
 class Compiler:
     """Makes all programs of an engine; `report` then says how."""
 
-    def __init__(self, cache: ProgramCache | None = None, *, progress: bool = False):
-        self.cache, self.progress, self.report = cache, progress, CompileReport()
+    def __init__(self, cache: ProgramCache | None = None, exporter: Exporting | None = None, *, progress: bool = False):
+        self.cache, self.exporter, self.progress, self.report = cache, exporter, progress, CompileReport()
         self._lock = threading.Lock()
 
     def run(self, jobs: Mapping[Any, Job]) -> dict[Any, jax.stages.Compiled]:
         """Lowering is Python: threads that lower at once wait for each other, and compile nothing while they do. So
-        one lowers, the jobs in their order, and the others take over what is lowered. Writing executables out holds
-        Python up as well, so that it comes when all are lowered."""
+        one lowers, the jobs in their order, or with an `exporter` processes do, and the others take over what is
+        lowered. Writing executables out holds Python up as well, so that it comes when all are lowered."""
         with (
             concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
             tqdm(total=len(jobs), desc="Compiling steps", unit="step", disable=not self.progress) as bar,
         ):
             reading = {key: pool.submit(self._read, key, job) for key, job in jobs.items()}
+            missing = {key: job for key, job in jobs.items() if reading[key].result() is None}
+            bar.update(len(jobs) - len(missing))
+            self._export(missing)
             making = {}
-            for key, job in jobs.items():
-                if reading[key].result() is None:
-                    lowered = self._timed("lower_seconds", job.lower)
-                    making[key] = pool.submit(self._make, job, lowered)
-                    making[key].add_done_callback(lambda _: bar.update())
-                else:
-                    bar.update()
+            for key, job in missing.items():
+                lowered = self._timed("lower_seconds", functools.partial(self._lower, key, job))
+                making[key] = pool.submit(self._make, job, lowered)
+                making[key].add_done_callback(lambda _: bar.update())
             for key, made in making.items():
                 pool.submit(self._save, key, jobs[key], made)
             self.report.num_lowered, self.report.num_found = len(making), len(jobs) - len(making)
             programs: dict[Any, Any] = {key: (making.get(key) or reading[key]).result() for key in jobs}
             return programs
+
+    def foresee(self, jobs: Mapping[Any, Job]) -> None:
+        """Have exported what `run` will not find, while the caller does something else."""
+        self._export({key: job for key, job in jobs.items() if not self.cache or not self.cache.has(key, job.options)})
+
+    def _export(self, jobs: Mapping[Any, Job]) -> None:
+        if self.exporter:
+            self.exporter.start([key for key, job in jobs.items() if job.exportable])
+
+    def _lower(self, key: Any, job: Job) -> jax.stages.Lowered:
+        return job.lower(self.exporter.result(key)) if self.exporter and job.exportable else job.lower()
 
     def _read(self, key: Any, job: Job) -> jax.stages.Compiled | None:
         cache = self.cache

@@ -89,6 +89,9 @@ class EngineConfig:
         "tokens and logprobs bitwise the same alone and in any batch: each step runs the largest program",
     )
     compile_cache_dir: str | None = option(None, "folder of compiled programs; auto: ~/.cache/paddock/compiled")
+    lowering_processes: int | None = option(
+        None, "processes that trace and lower steps at a cold start, 0: this one; auto: for a GPU up to 4, else 0"
+    )
     cache_weights: bool = option(
         False, "keep safetensors as converted in compile_cache_dir, as large as they are, for the next start"
     )
@@ -100,7 +103,7 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            least = 0 if name == "process_id" else 1
+            least = 0 if name in ("process_id", "lowering_processes") else 1
             if kind == int | None and value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -47,6 +47,10 @@ class ProgramCache:
         text = f"{self._facts}\n{key!r}\n{sorted(options.items())}"
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.program"
 
+    def has(self, key: object, options: Mapping[str, Any]) -> bool:
+        """Whether there is one, by its name."""
+        return self.path(key, options).is_file()
+
     def load(self, key: object, options: Mapping[str, Any]) -> jax.stages.Compiled | None:
         """None where there is none, or, with a warning, none that can be used."""
         path = self.path(key, options)

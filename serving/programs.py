@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import Exported, export
 from jax.sharding import NamedSharding
 
 from paddock.model import reduction_axes, slot_specs
@@ -77,15 +78,24 @@ class Programs:
         size = self.packings[bucket].size
         return (size,) if stages == 1 else (stages, size)
 
-    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The step of one bucket, traced from shapes alone."""
-        fn = bind(step, self.plan, self.packings[bucket])
+    def lower(self, bucket: Bucket, exported: Exported | None = None) -> jax.stages.Lowered:
+        """The step of one bucket, traced from shapes alone, or taken as it was `exported` by another process."""
+        fn = bind(step, self.plan, self.packings[bucket]) if exported is None else exported.call
         hidden: Any = self._hidden(bucket)
         logits: Any = None if bucket.full else self._logits
         outputs = StepOutput(self._sampled(full=bucket.full), hidden, logits)
         jitted = jax.jit(fn, donate_argnums=(1, 2), out_shardings=(*self._kept, outputs))
         with self._precision:
-            return jitted.lower(self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket)))
+            return jitted.lower(*self._arguments(bucket))
+
+    def export(self, bucket: Bucket, platform: str) -> Exported:
+        """The step of one bucket as a program can call it that has devices of `platform`; this one need not."""
+        fn = bind(step, self.plan, self.packings[bucket])
+        with self._precision:
+            return export(jax.jit(fn), platforms=[platform])(*self._arguments(bucket))
+
+    def _arguments(self, bucket: Bucket) -> tuple[Any, ...]:
+        return self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket))
 
     def jobs(self) -> dict[Any, Job]:
         """All of them: "edit_bias", "score" and "allocate", ("resample", bucket) where a step has the least of the
@@ -104,7 +114,7 @@ class Programs:
             options["xla_gpu_enable_triton_gemm"] = False
         if options and bucket.chunk_tokens:
             options |= CHUNK_OPTIONS
-        return Job(functools.partial(self.lower, bucket), options)
+        return Job(functools.partial(self.lower, bucket), options, exportable=True)
 
     def compile_allocate(self) -> jax.stages.Compiled:
         """What makes an empty cache and state."""

@@ -158,10 +158,10 @@ def _kernels(plan: StepPlan) -> dict[str, Any]:
     whole, columns = PartitionSpec(), plan.layout.rules.mlp or None
     split = PartitionSpec(None, columns)
     kernels: dict[str, Any] = {
-        "fused_swiglu": plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split),
+        "fused_swiglu": jax.jit(plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split)),
         "fused_rows": (BATCH_ROWS, PROMPT_ROWS) if ours else (ALL_ROWS,),
     }
     if _whole_layers(plan.layout):
-        kernels["added"] = plan.layout.shard_map(add, (whole, whole, whole), whole)
+        kernels["added"] = jax.jit(plan.layout.shard_map(add, (whole, whole, whole), whole))
         kernels["added_rows"] = BATCH_ROWS if ours else ALL_ROWS
     return kernels

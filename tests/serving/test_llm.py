@@ -19,7 +19,8 @@ ROMEO = "ROMEO:\nBut, soft! what light"
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     cache = Path(__file__).parents[2] / "build" / "test-compile-cache"
-    with LLM(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256, compile_cache_dir=str(cache)) as llm:
+    options = dict(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256, lowering_processes=1)
+    with LLM(**options, compile_cache_dir=str(cache)) as llm:
         yield llm
 
 
