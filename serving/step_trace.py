@@ -39,19 +39,20 @@ class Kernel:
 
 
 def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], folder: Path) -> None:
-    """Run `jobs` with a profile of STEPS decode steps, without Python's frames, written to `folder`. Raises ValueError
-    when the outputs are too short for it."""
+    """Run `jobs` with a profile of STEPS decode steps, fewer where the outputs end, without Python's frames, written to
+    `folder`. Raises ValueError when they are too short for it."""
     least = min(job.output_len for job in jobs)
     if least < 2 * SETTLE:
         raise ValueError(f"a profile needs outputs of {2 * SETTLE} tokens and more, got {least}")
-    settled, ending, seen = threading.Event(), threading.Event(), 0
+    settled, ending = threading.Event(), threading.Event()
+    seen, until = 0, least - 2
 
     def count(_: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == SETTLE:
             settled.set()
-        if seen == min(SETTLE + STEPS, least - 2):
+        if seen >= until:
             ending.set()
 
     streams: list[Any] = []
@@ -66,6 +67,7 @@ def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], fol
     options.host_tracer_level = 2 if jax.default_backend() == "cpu" else 1
     options.enable_hlo_proto = False  # tens of megabytes; our table has its own way from instructions to scopes
     jax.profiler.start_trace(folder, profiler_options=options)
+    until = min(seen + STEPS, until)  # it may have taken as long as that many steps to start
     ending.wait()
     jax.profiler.stop_trace()
     for stream in streams:
