@@ -54,6 +54,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens // count
         self.max_chunks = max(1, max_chunks // count)
         self.num_stages = num_stages
+        self.num_groups = num_stages  # that decoding sequences are split into; a benchmark may want one
         self.chunk_sizes = [size // count for size in chunk_sizes]
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
@@ -208,7 +209,7 @@ class Scheduler:
     def _decode(self, part: Partition) -> Schedule:
         """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
         decoding = part.decoding
-        due = decoding.due(self._tick, -(-len(decoding) // self.num_stages))
+        due = decoding.due(self._tick, -(-len(decoding) // self.num_groups))
         entered = []
         for index in decoding.short(due):
             # Who gives way is the last: the indices of the others stay.
