@@ -47,7 +47,10 @@ def run_layers(
         late = plan.finishes_read_rows and packing.bucket.chunk_tokens > 0
         x = stack(x, attend.position, attend, last_mlp=not late)
         rows = _sampling_rows(plan, inputs, x)
-        return attend.cache, None, stack.finish(rows) if late else rows, _chunk_rows(plan, inputs, x)
+        if late:
+            # One MLP of few rows is not worth kernels of ours, which take a second of every such program to compile.
+            rows = LayerStack(plan.config, layers, plan.layout).finish(rows)
+        return attend.cache, None, rows, _chunk_rows(plan, inputs, x)
 
     axes = plan.layout.rules.layers
     count = plan.stages.count
