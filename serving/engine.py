@@ -164,7 +164,7 @@ class Engine:
 
     def _commit(self, result: StepResult, future: StepFuture) -> None:
         tokens, result.logprobs = future.read()
-        scores = list(future.read_prompt_logprobs())
+        scores = future.read_prompt_logprobs()
         result.bucket, result.num_tokens = str(future.bucket), future.num_tokens
         for seq, position, _ in scores:
             seq.num_prompt_scored = max(seq.num_prompt_scored, position)
