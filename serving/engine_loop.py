@@ -306,7 +306,7 @@ class EngineLoop:
         self._num_ended += 1
         if not self._unfinished[stream]:
             del self._unfinished[stream]
-            generated = sum(len(other.output_token_ids) for other in stream.sequences)
+            generated = sum(len(other.tokens_read) for other in stream.sequences)
             self.metrics.on_finish(stream.times, time.monotonic(), seq.num_prompt, generated, reason)
 
     def _report_step(self, result: StepResult, seconds: float) -> None:

@@ -40,9 +40,9 @@ class StepFuture:
     # (sequence, prompt position of each row, scored rows)
     prompt_scores: list[tuple[Sequence, list[int], Any]]
 
-    def read(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
-        """A token for each of `seqs`, and log-probabilities for those that asked. Raises what the device raised."""
-        tokens = np.asarray(self.sampled.tokens)[self.rows].tolist()
+    def read(self) -> tuple[np.ndarray, dict[Sequence, TokenLogprobs]]:
+        """A token for each of `seqs` [B], and log-probabilities for those that asked. Raises what the device raised."""
+        tokens = np.asarray(self.sampled.tokens)[self.rows]
         asking = [i for i, seq in enumerate(self.seqs) if seq.params.logprobs is not None] if self.bucket.full else []
         if not asking:
             return tokens, {}

@@ -24,7 +24,7 @@ class Member:
 
     def event(self, seq: Sequence, **rest: Any) -> TokenEvent:
         """All that is new of `seq`, with the `rest` of an event."""
-        new = seq.output_token_ids[self.num_told :]
+        new = seq.tokens_read[self.num_told :]
         self.num_told += len(new)
         self.stream.times.last_token = self.last_token
         return TokenEvent(self.index, new, **rest)

@@ -147,13 +147,14 @@ class Scheduler:
                 self.partitions[seq.partition].start_decoding(seq, self._tick + self.num_stages)
         return tuple(chunk for mine in chunks for chunk in mine)
 
-    def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[Many[Sequence], list[Sequence]]:
-        """A sampled token of each was read. Returns the sequences that took theirs (`seqs` itself where all did), for
-        one that has ended meanwhile has no use for it, and those among them for which it is the last."""
-        if self._landing is not None and self._landing.seqs is seqs and self._landing.take(tokens):
+    def land(self, seqs: Many[Sequence], tokens: Many[int] | np.ndarray) -> tuple[Many[Sequence], list[Sequence]]:
+        """A sampled token of each was read: `tokens` [B]. Returns the sequences that took theirs (`seqs` itself where
+        all did), for one that has ended meanwhile has no use for it, and those among them for which it is the last."""
+        read = np.asarray(tokens)
+        if self._landing is not None and self._landing.seqs is seqs and self._landing.take(read):
             return seqs, []
         self._dissolve()
-        ended, last = self._land_each(seqs, tokens)
+        ended, last = self._land_each(seqs, read.tolist())
         if seqs and seqs is self._landed and not last and all(seq.status is SequenceStatus.RUNNING for seq in seqs):
             self._landing = Landing(seqs)
         self._landed = seqs
@@ -166,7 +167,7 @@ class Scheduler:
             if seq.status is not running and self._land_late(seq):
                 ended.append(seq)
                 continue
-            output = seq.given_token_ids
+            output = seq.given
             output.append(token)
             if token in seq.stop_token_ids or len(output) >= seq.max_tokens:
                 last.append(seq)
