@@ -67,7 +67,8 @@ class EngineLoop:
         self.max_model_len = built.resolved.max_model_len
         self.vocab_size = built.resolved.model.vocab_size
         self.num_slots = built.resolved.plan.num_slots
-        self.metrics = Metrics(self.model_name, str(replica))
+        scheduler = built.engine.scheduler
+        self.metrics = Metrics(self.model_name, str(replica), lambda: scheduler.load)
         self.metrics.on_compile(built.executor.num_compilations)
         jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         for kind, num_bytes in built.executor.bytes_per_device().items():
@@ -170,8 +171,8 @@ class EngineLoop:
         return self._dead is not None
 
     def load(self) -> dict[str, int]:
-        scheduler = self.engine.scheduler
-        return {"running": scheduler.num_running, "waiting": len(scheduler.waiting)}
+        running, waiting, _ = self.engine.scheduler.load
+        return {"running": running, "waiting": waiting}
 
     def shutdown(self, grace_seconds: float = 0.0) -> bool:
         """Refuse new requests, let those there are finish for `grace_seconds`, abort the rest, free the devices.
@@ -316,18 +317,9 @@ class EngineLoop:
                 bucket=result.bucket,
                 seconds=seconds,
                 num_tokens=result.num_tokens,
-                running=scheduler.num_running,
-                waiting=len(scheduler.waiting),
-                kv_usage=scheduler.usage,
                 preemptions=scheduler.num_preemptions - self._num_preemptions,
             )
             self._num_preemptions = scheduler.num_preemptions
-        if self.engine.is_idle:
-            self._report_load()
-
-    def _report_load(self) -> None:
-        scheduler = self.engine.scheduler
-        self.metrics.set_load(scheduler.num_running, len(scheduler.waiting), scheduler.usage)
 
     def _die(self, message: str, reason: str = "error") -> None:
         """End every stream, those still in the inbox included; later ones are refused."""

@@ -81,6 +81,11 @@ class Scheduler:
         return sum([part.pool.usage for part in self.partitions]) / len(self.partitions)
 
     @property
+    def load(self) -> tuple[int, int, float]:
+        """Sequences running and waiting, and the usage; any thread may ask."""
+        return self.num_running, len(self.waiting), self.usage
+
+    @property
     def is_idle(self) -> bool:
         return not self.waiting and not any([part.running for part in self.partitions])
 
