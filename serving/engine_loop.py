@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from typing import Any
@@ -266,29 +265,28 @@ class EngineLoop:
 
     def _deliver(self, result: StepResult, seconds: float) -> None:
         now = time.monotonic()
-        scores: dict[Sequence, list[tuple[int, TokenLogprobs]]] = defaultdict(list)
-        for seq, position, candidates in result.prompt_logprobs:
-            scores[seq].append((position, candidates))
         for chunk in result.schedule.chunks:
             member = self._members.get(chunk.seq)
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
         # Before anybody hears of it: who has the last output may look at the metrics at once.
         self._report_step(result, seconds)
-        for seq, member in self._members.note_tokens(result, now, self.metrics):
-            event = member.event(
-                seq,
-                logprobs=result.logprobs.get(seq),
-                finish_reason=seq.finish_reason,
-                stop_reason=seq.stop_reason,
-                prompt_logprobs=tuple(scores.pop(seq, ())),
-            )
-            if seq.finish_reason is not None:
-                self._forget(seq, seq.finish_reason)
-            member.stream.put(event)
+        hearing = self._members.note_tokens(result, now, self.metrics)
+        # Scores of a prompt are told before its first token, and wait for it in the stream.
+        scores: dict[Sequence, list[tuple[int, TokenLogprobs]]] = {}
+        for seq, position, candidates in result.prompt_logprobs:
+            scores.setdefault(seq, []).append((position, candidates))
         for seq, entries in scores.items():
             member = self._members[seq]
             member.stream.put(TokenEvent(member.index, prompt_logprobs=tuple(entries)))
+        for seq, member in hearing:
+            reason = seq.finish_reason
+            event = member.event(seq, reason, seq.stop_reason)
+            if result.logprobs:
+                event.logprobs = result.logprobs.get(seq)
+            if reason is not None:
+                self._forget(seq, reason)
+            member.stream.put(event)
         for seq in result.failed:
             if (failed := self._members.get(seq)) is None:
                 continue
