@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
 # Rows of the table: slot; tokens computed; tokens that the pages hold; tokens that may be computed; the first tick at
 # which the next one may run.
 _SLOT, _COMPUTED, _ROOM, _LAST, _READY = range(5)
+_NOBODY = np.empty(0, np.int64)
 
 
 class Decoding:
     """Those of a partition, at most `num_slots`, in order of arrival. `Sequence.num_computed` looks here meanwhile.
 
-    Most steps are of all of them, and no page runs full and nobody completes: such a one is counted and no more, until
-    the table is wanted.
+    Most ticks are of all of them: such a one is counted and no more, until the table is wanted; and while no pages run
+    full and nobody completes, the table is not even looked at.
     """
 
     def __init__(self, num_slots: int):
@@ -34,9 +36,6 @@ class Decoding:
 
     def __len__(self) -> int:
         return len(self._seqs)
-
-    def __getitem__(self, index: int) -> Sequence:
-        return self._seqs[index]
 
     @property
     def is_patient(self) -> bool:
@@ -61,13 +60,20 @@ class Decoding:
         self._all, self._all_ready, self._quiet, seq.decoding = None, max(self._all_ready, ready), 0, self
 
     def remove(self, seq: Sequence) -> None:
+        self._drop(np.array([self._index(seq)]))
+
+    def _drop(self, indices: np.ndarray) -> None:
+        """All of them at once: those that came together mostly leave together, too."""
         self._catch_up()
-        index, end = self._index(seq), len(self._seqs)
-        seq.decoding, seq.num_computed = None, int(self._table[_COMPUTED, index])
-        self._table[:, index : end - 1] = self._table[:, index + 1 : end]
-        del self._seqs[index]
-        self._num_eager -= not seq.patient
-        self._all = None
+        for index, computed in zip(indices.tolist(), self._table[_COMPUTED, indices].tolist(), strict=True):
+            seq = self._seqs[index]
+            seq.decoding, seq.num_computed = None, computed
+            self._num_eager -= not seq.patient
+        stays = np.ones(len(self), bool)
+        stays[indices] = False
+        kept = self._table[:, : len(self)][:, stays]
+        self._table[:, : kept.shape[1]] = kept
+        self._seqs, self._all = list(itertools.compress(self._seqs, stays)), None
 
     def num_computed(self, seq: Sequence) -> int:
         return int(self._table[_COMPUTED, self._index(seq)]) + self._moved
@@ -82,17 +88,22 @@ class Decoding:
         self._catch_up()
         return (self._table[_READY, : len(self)] <= tick).nonzero()[0][:limit]
 
-    def short(self, due: np.ndarray | None) -> list[int]:
+    def short(self, due: np.ndarray | None) -> np.ndarray:
         """Those of `due` whose pages hold no token more."""
         if due is None and self._quiet:
-            return []
-        self._catch_up()
-        computed, room = self._table[_COMPUTED, : len(self)], self._table[_ROOM, : len(self)]
-        full = computed >= room
-        return full.nonzero()[0].tolist() if due is None else due[full[due]].tolist()
+            return _NOBODY
+        full = self._table[_ROOM, : len(self)] - self._table[_COMPUTED, : len(self)] <= self._moved
+        return full.nonzero()[0] if due is None else due[full[due]]
 
-    def add_room(self, index: int, num_tokens: int) -> None:
-        self._table[_ROOM, index] += num_tokens
+    def enter(self, indices: np.ndarray, pages: list[int], page_size: int) -> np.ndarray:
+        """Give each of them one of `pages`; returns slot, index in the page table and page, [U 3]."""
+        entered = np.empty((len(pages), 3), np.int32)
+        entered[:, 0], entered[:, 2] = self._table[_SLOT, indices], pages
+        entered[:, 1] = self._table[_ROOM, indices] // page_size
+        self._table[_ROOM, indices] += page_size
+        for index, page in zip(indices.tolist(), pages, strict=True):
+            self._seqs[index].pages.append(page)
+        return entered
 
     def advance(self, due: np.ndarray | None, ready: int) -> tuple[tuple[Sequence, ...], np.ndarray, int]:
         """Count a token more for each of `due` that is still there, whose next may run at tick `ready`; those that are
@@ -100,30 +111,33 @@ class Decoding:
 
         Returns the sequences, slot and position [2 B] of their tokens so many steps ago, and how many.
         """
-        if due is None and self._quiet:
+        if due is None:
             if self._first is None:
                 self._first = self._table[: _COMPUTED + 1, : len(self)].astype(np.int32)
-            moved, self._moved = self._moved, self._moved + 1
-            self._quiet, self._all_ready = self._quiet - 1, ready
-            return self.all, self._first, moved
-        self._catch_up()
-        which: slice | np.ndarray = slice(len(self))
-        seqs = self.all
-        if due is not None:
+            seqs, rows, moved = self.all, self._first, self._moved
+            self._moved, self._all_ready = moved + 1, ready
+            self._quiet -= 1
+        else:
             which = due[due < len(self)]
-            seqs = tuple([self._seqs[index] for index in which.tolist()])
-        rows = self._table[: _COMPUTED + 1, which].astype(np.int32)
-        self._table[_COMPUTED, which] += 1
-        self._table[_READY, which] = ready
-        if seqs:
-            self._all_ready = max(self._all_ready, ready)
-        table = self._table[:, which]
-        for index in (table[_COMPUTED] >= table[_LAST]).nonzero()[0].tolist():
-            self.remove(seqs[index])
-        table = self._table[:, : len(self)]
-        left = np.minimum(table[_ROOM], table[_LAST] - 1) - table[_COMPUTED]
-        self._quiet = max(0, int(left.min())) if len(self) else 0
-        return seqs, rows, 0
+            seqs, moved = tuple([self._seqs[index] for index in which.tolist()]), 0
+            rows = self._table[: _COMPUTED + 1, which].astype(np.int32)
+            self._table[_COMPUTED, which] += 1
+            self._table[_READY, which] = ready
+            if seqs:
+                self._all_ready = max(self._all_ready, ready)
+            self._quiet = -1
+        if self._quiet < 0:
+            self._look_ahead()
+        return seqs, rows, moved
+
+    def _look_ahead(self) -> None:
+        """Let go of those that are complete, and find out for how long the others are quiet."""
+        computed, _, last = self._table[_COMPUTED : _LAST + 1, : len(self)]
+        complete = last - computed <= self._moved
+        if complete.any():
+            self._drop(complete.nonzero()[0])
+        computed, room, last = self._table[_COMPUTED : _LAST + 1, : len(self)]
+        self._quiet = int((np.minimum(room, last - 1) - computed).min()) - self._moved if len(self) else 0
 
     def _catch_up(self) -> None:
         """Bring the table up to date; it is about to change, or to be looked at."""

@@ -164,14 +164,14 @@ class Engine:
 
     def _commit(self, result: StepResult, future: StepFuture) -> None:
         tokens, result.logprobs = future.read()
-        scores = list(future.read_prompt_logprobs())
+        scores = future.read_prompt_logprobs()
         result.bucket, result.num_tokens = str(future.bucket), future.num_tokens
         for seq, position, _ in scores:
             seq.num_prompt_scored = max(seq.num_prompt_scored, position)
         result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
         result.advanced, result.ended = self.scheduler.land(future.seqs, tokens)
         for seq in result.ended:
-            token = seq.output_token_ids[-1]
+            token = seq.tokens_read[-1]
             if token in seq.stop_token_ids:
                 is_eos = token in self.limits.eos_token_ids and not seq.params.ignore_eos
                 self.scheduler.finish(seq, "stop", None if is_eos else token)

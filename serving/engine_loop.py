@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from typing import Any
@@ -67,7 +66,8 @@ class EngineLoop:
         self.max_model_len = built.resolved.max_model_len
         self.vocab_size = built.resolved.model.vocab_size
         self.num_slots = built.resolved.plan.num_slots
-        self.metrics = Metrics(self.model_name, str(replica))
+        scheduler = built.engine.scheduler
+        self.metrics = Metrics(self.model_name, str(replica), lambda: scheduler.load)
         self.metrics.on_compile(built.executor.num_compilations)
         jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         for kind, num_bytes in built.executor.bytes_per_device().items():
@@ -170,8 +170,8 @@ class EngineLoop:
         return self._dead is not None
 
     def load(self) -> dict[str, int]:
-        scheduler = self.engine.scheduler
-        return {"running": scheduler.num_running, "waiting": len(scheduler.waiting)}
+        running, waiting, _ = self.engine.scheduler.load
+        return {"running": running, "waiting": waiting}
 
     def shutdown(self, grace_seconds: float = 0.0) -> bool:
         """Refuse new requests, let those there are finish for `grace_seconds`, abort the rest, free the devices.
@@ -265,29 +265,28 @@ class EngineLoop:
 
     def _deliver(self, result: StepResult, seconds: float) -> None:
         now = time.monotonic()
-        scores: dict[Sequence, list[tuple[int, TokenLogprobs]]] = defaultdict(list)
-        for seq, position, candidates in result.prompt_logprobs:
-            scores[seq].append((position, candidates))
         for chunk in result.schedule.chunks:
             member = self._members.get(chunk.seq)
             if member is not None and member.stream.times.scheduled is None:
                 member.stream.times.scheduled = now - seconds
         # Before anybody hears of it: who has the last output may look at the metrics at once.
         self._report_step(result, seconds)
-        for seq, member in self._members.note_tokens(result, now, self.metrics):
-            event = member.event(
-                seq,
-                logprobs=result.logprobs.get(seq),
-                finish_reason=seq.finish_reason,
-                stop_reason=seq.stop_reason,
-                prompt_logprobs=tuple(scores.pop(seq, ())),
-            )
-            if seq.finish_reason is not None:
-                self._forget(seq, seq.finish_reason)
-            member.stream.put(event)
+        hearing = self._members.note_tokens(result, now, self.metrics)
+        # Scores of a prompt are told before its first token, and wait for it in the stream.
+        scores: dict[Sequence, list[tuple[int, TokenLogprobs]]] = {}
+        for seq, position, candidates in result.prompt_logprobs:
+            scores.setdefault(seq, []).append((position, candidates))
         for seq, entries in scores.items():
             member = self._members[seq]
             member.stream.put(TokenEvent(member.index, prompt_logprobs=tuple(entries)))
+        for seq, member in hearing:
+            reason = seq.finish_reason
+            event = member.event(seq, reason, seq.stop_reason)
+            if result.logprobs:
+                event.logprobs = result.logprobs.get(seq)
+            if reason is not None:
+                self._forget(seq, reason)
+            member.stream.put(event)
         for seq in result.failed:
             if (failed := self._members.get(seq)) is None:
                 continue
@@ -306,7 +305,7 @@ class EngineLoop:
         self._num_ended += 1
         if not self._unfinished[stream]:
             del self._unfinished[stream]
-            generated = sum(len(other.output_token_ids) for other in stream.sequences)
+            generated = sum(len(other.tokens_read) for other in stream.sequences)
             self.metrics.on_finish(stream.times, time.monotonic(), seq.num_prompt, generated, reason)
 
     def _report_step(self, result: StepResult, seconds: float) -> None:
@@ -316,18 +315,9 @@ class EngineLoop:
                 bucket=result.bucket,
                 seconds=seconds,
                 num_tokens=result.num_tokens,
-                running=scheduler.num_running,
-                waiting=len(scheduler.waiting),
-                kv_usage=scheduler.usage,
                 preemptions=scheduler.num_preemptions - self._num_preemptions,
             )
             self._num_preemptions = scheduler.num_preemptions
-        if self.engine.is_idle:
-            self._report_load()
-
-    def _report_load(self) -> None:
-        scheduler = self.engine.scheduler
-        self.metrics.set_load(scheduler.num_running, len(scheduler.waiting), scheduler.usage)
 
     def _die(self, message: str, reason: str = "error") -> None:
         """End every stream, those still in the inbox included; later ones are refused."""

@@ -40,21 +40,22 @@ class StepFuture:
     # (sequence, prompt position of each row, scored rows)
     prompt_scores: list[tuple[Sequence, list[int], Any]]
 
-    def read(self) -> tuple[list[int], dict[Sequence, TokenLogprobs]]:
-        """A token for each of `seqs`, and log-probabilities for those that asked. Raises what the device raised."""
-        tokens = np.asarray(self.sampled.tokens)[self.rows].tolist()
+    def read(self) -> tuple[np.ndarray, dict[Sequence, TokenLogprobs]]:
+        """A token for each of `seqs` [B], and log-probabilities for those that asked. Raises what the device raised."""
+        tokens = np.asarray(self.sampled.tokens)[self.rows]
         asking = [i for i, seq in enumerate(self.seqs) if seq.params.logprobs is not None] if self.bucket.full else []
         if not asking:
             return tokens, {}
         host, rows = [np.asarray(part) for part in self.sampled], self.rows.tolist()
         return tokens, {self.seqs[i]: _token_logprobs(host, rows[i], self.seqs[i].params.logprobs or 0) for i in asking}
 
-    def read_prompt_logprobs(self) -> Iterable[tuple[Sequence, int, TokenLogprobs]]:
+    def read_prompt_logprobs(self) -> ListOf[tuple[Sequence, int, TokenLogprobs]]:
         """(sequence, prompt position, candidates) of every prompt token this step scored."""
+        entries: list[tuple[Sequence, int, TokenLogprobs]] = []
         for seq, positions, scored in self.prompt_scores:
-            host = [np.asarray(part) for part in scored]
-            for row, position in enumerate(positions):
-                yield seq, position, _token_logprobs(host, row, seq.params.prompt_logprobs or 0)
+            host, count = [np.asarray(part) for part in scored], seq.params.prompt_logprobs or 0
+            entries += [(seq, place, _token_logprobs(host, row, count)) for row, place in enumerate(positions)]
+        return entries
 
 
 def _token_logprobs(host: list[np.ndarray], row: int, count: int) -> TokenLogprobs:
@@ -138,7 +139,7 @@ class Executor:
             bucket = dataclasses.replace(bucket, full=True)
         # Logits and hidden states are large, and nobody's from here on.
         scores = [] if output.hidden is None else list(self._score_prompts(leaving, output.hidden))
-        return StepFuture(leaving.schedule.sampling, step.rows, bucket, leaving.schedule.num_tokens, sampled, scores)
+        return StepFuture(leaving.sampling, step.rows, bucket, leaving.num_tokens, sampled, scores)
 
     def _repeat(self, schedule: Schedule) -> _Step | None:
         """The last step moved on, where the same sequences decode and nothing else happens: most steps are such, and a
@@ -152,9 +153,10 @@ class Executor:
         if step.growth is None:
             step.growth = growth(step.packing, step.decode_rows)
         step.packed = step.packed + step.growth  # not in place: the one before may still be on its way up
-        if step.enters or schedule.entered:
+        enters = len(schedule.entered) > 0
+        if step.enters or enters:
             enter_pages(step.packing, step.packed, schedule.entered)
-            step.enters = bool(schedule.entered)
+            step.enters = enters
         return step
 
     def _pack(self, schedule: Schedule) -> _Step:

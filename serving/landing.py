@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as ListOf
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from .sequence import Sequence
@@ -13,22 +16,23 @@ MOST_STEPS = 64
 
 
 class Landing:
-    """`seqs` all run, and none has its last token. `Sequence.output_token_ids` looks here until `dissolve`."""
+    """`seqs` all run, have all that was read until now, and none has its last token. `Sequence.tokens_read` looks
+    here until `dissolve`."""
 
     def __init__(self, seqs: ListOf[Sequence]):
         self.seqs = seqs
-        self._steps: list[ListOf[int]] = []
-        self._places = {seq: place for place, seq in enumerate(seqs)}
+        self._steps: list[np.ndarray] = []
         self._num_given = [0] * len(seqs)  # of `_steps`, to each
-        self._stops = frozenset[int]().union(*[seq.stop_token_ids for seq in seqs])
+        stops = frozenset[int]().union(*{seq.stop_token_ids for seq in seqs})
+        self._stops = np.array(sorted(stops)) if stops else None
         # So many steps leave each a token short of its last.
-        self._left = min(seq.max_tokens - len(seq.output_token_ids) for seq in seqs) - 1
+        self._left = min([seq.max_tokens - len(seq.given) for seq in seqs]) - 1
         for seq in seqs:
             seq.landing = self
 
-    def take(self, tokens: ListOf[int]) -> bool:
-        """Note a token of each, unless one may be a sequence's last."""
-        if not self._left or not self._stops.isdisjoint(tokens):
+    def take(self, tokens: np.ndarray) -> bool:
+        """Note a token of each [B], unless one may be a sequence's last."""
+        if not self._left or (self._stops is not None and (tokens[:, None] == self._stops).any()):
             return False
         self._left -= 1
         self._steps.append(tokens)
@@ -39,8 +43,12 @@ class Landing:
     def give(self, seq: Sequence) -> None:
         """Give one of them the tokens that it does not have yet."""
         place = self._places[seq]
-        seq.given_token_ids += [tokens[place] for tokens in self._steps[self._num_given[place] :]]
+        seq.given.extend([int(tokens[place]) for tokens in self._steps[self._num_given[place] :]])
         self._num_given[place] = len(self._steps)
+
+    @functools.cached_property
+    def _places(self) -> dict[Sequence, int]:
+        return {seq: place for place, seq in enumerate(self.seqs)}
 
     def dissolve(self) -> None:
         self._give_all()
@@ -49,6 +57,7 @@ class Landing:
 
     def _give_all(self) -> None:
         if self._steps:
-            for seq, given, tokens in zip(self.seqs, self._num_given, zip(*self._steps, strict=True), strict=True):
-                seq.given_token_ids += tokens[given:]
+            columns = np.stack(self._steps, axis=1, dtype=np.int32)
+            for seq, given, tokens in zip(self.seqs, self._num_given, columns, strict=True):
+                seq.given.frombytes(tokens[given:].tobytes())
         self._steps, self._num_given = [], [0] * len(self.seqs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as ListOf
-from typing import Any
 
 from .engine import StepResult
 from .metrics import Metrics
@@ -22,15 +21,17 @@ class Member:
     num_told: int = 0
     last_token: float | None = None
 
-    def event(self, seq: Sequence, **rest: Any) -> TokenEvent:
-        """All that is new of `seq`, with the `rest` of an event."""
-        new = seq.output_token_ids[self.num_told :]
+    def event(
+        self, seq: Sequence, finish_reason: str | None = None, stop_reason: int | None = None, error: str | None = None
+    ) -> TokenEvent:
+        """All that is new of `seq`, and how it ended if it did."""
+        new = seq.tokens_read[self.num_told :]
         self.num_told += len(new)
         self.stream.times.last_token = self.last_token
-        return TokenEvent(self.index, new, **rest)
+        return TokenEvent(self.index, new, None, finish_reason, stop_reason, error)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Pace:
     """The sequences that took a token in the last step, when that was, and those that hear of each. While they stay
     the same ones, as they mostly do, a step need not look at every member."""
@@ -58,23 +59,34 @@ class Members(dict[Sequence, Member]):
         """
         advanced, pace = result.advanced, self._pace
         if advanced is pace.seqs:
-            since, listening = {pace.time: len(advanced)} if advanced else {}, pace.listening
+            if advanced:
+                metrics.on_tokens(len(advanced), {now - pace.time: len(advanced)})
+            pace.time = now
         else:
-            self.settle()
-            since = {}
-            for seq in advanced:
-                member = self[seq]
-                if member.last_token is None:
-                    _note_first(member, seq, now, metrics)
-                else:
-                    since[member.last_token] = since.get(member.last_token, 0) + 1
-            listening = tuple([(seq, self[seq]) for seq in advanced if self[seq].stream.wants_each_token])
-        self._pace = _Pace(advanced, now, listening)
-        metrics.on_tokens(len(advanced), {now - last: count for last, count in since.items()})
-        ended = [(seq, self[seq]) for seq in result.ended if not self[seq].stream.wants_each_token]
-        for _, member in (hearing := [*listening, *ended]):
+            self._pace = pace = self._change_pace(advanced, now, metrics)
+        hearing = [*pace.listening]
+        if result.ended:
+            hearing += [(seq, self[seq]) for seq in result.ended if not self[seq].stream.wants_each_token]
+        for _, member in hearing:
             member.last_token = now
         return hearing
+
+    def _change_pace(self, advanced: ListOf[Sequence], now: float, metrics: Metrics) -> _Pace:
+        """Others took a token than in the step before."""
+        self.settle()
+        since: dict[float, int] = {}
+        listening = []
+        for seq in advanced:
+            member = self[seq]
+            last = member.last_token
+            if last is None:
+                _note_first(member, seq, now, metrics)
+            else:
+                since[last] = since.get(last, 0) + 1
+            if member.stream.wants_each_token:
+                listening.append((seq, member))
+        metrics.on_tokens(len(advanced), {now - last: count for last, count in since.items()})
+        return _Pace(advanced, now, tuple(listening))
 
     def settle(self) -> None:
         """Give every member its own time of the last token: before events that no step brings."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence as ListOf
 
 import numpy as np
 
@@ -24,6 +23,8 @@ class Group:
     """
 
     schedule: Schedule
+    sampling: tuple[Sequence, ...]
+    num_tokens: int
     full: bool
     page_updates: np.ndarray  # [U 3]
     decode_place: np.ndarray  # [2 B]
@@ -51,8 +52,7 @@ class Packer:
     def group(self, schedule: Schedule) -> Group:
         chunks, size = schedule.chunks, self.page_size
         slots, positions = decode_rows = schedule.decode_rows
-        updates = list(schedule.entered)
-        columns, table = [], []
+        columns, table, updates = [], [], []
         offsets: dict[int, int] = {}
         for chunk in chunks:
             seq, start, stop = chunk.seq, chunk.start, chunk.start + chunk.length
@@ -78,8 +78,10 @@ class Packer:
         row_ints[_POSITION] = np.concatenate([positions + 1, chunk_table[3, samples]])
         return Group(
             schedule=schedule,
+            sampling=schedule.sampling,
+            num_tokens=schedule.num_tokens,
             full=bool(self._full[slots].any() or self._full[chunk_table[0]].any()),
-            page_updates=np.array(updates, np.int32).reshape(-1, 3),
+            page_updates=np.concatenate([schedule.entered, np.array(updates, np.int32).reshape(-1, 3)]),
             decode_place=_places(slots // self._slots_each),
             decodes=decode_rows,
             token_place=tokens[4:],
@@ -116,12 +118,11 @@ def growth(layout: PackedLayout, decode_rows: np.ndarray) -> np.ndarray:
     return added
 
 
-def enter_pages(layout: PackedLayout, packed: np.ndarray, entered: ListOf[tuple[int, int, int]]) -> None:
-    """Let `packed` [X] have these page updates and no others."""
+def enter_pages(layout: PackedLayout, packed: np.ndarray, entered: np.ndarray) -> None:
+    """Let `packed` [X] have the page updates `entered` [U 3] and no others."""
     part = layout.slices["page_updates"]
     packed[part] = layout.empty[part]
-    if entered:
-        packed[part].reshape(-1, 3)[: len(entered)] = entered
+    packed[part].reshape(-1, 3)[: len(entered)] = entered
 
 
 def lay_out(

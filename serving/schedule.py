@@ -8,6 +8,9 @@ import numpy as np
 
 from .sequence import Sequence, SequenceStatus
 
+NO_ROWS = np.empty((2, 0), np.int32)
+NO_PAGES = np.empty((0, 3), np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -29,20 +32,20 @@ class Chunk:
         return self.start == 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, slots=True)  # not frozen, which takes three times as long to make
 class Schedule:
     """One step: a token for each decoding sequence, and chunks of others; both partition by partition.
 
-    While the same sequences of one partition decode, `decodes` is the same object. `entered` are pages that decodes
-    write the first token of: slot, index in the page table, page.
+    While the same sequences of one partition decode, `decodes` is the same object.
     """
 
     decodes: tuple[Sequence, ...]
     chunks: tuple[Chunk, ...]
     # Slot and position [2 B] of each of `decodes`, `moved` steps ago.
-    first_rows: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((2, 0), np.int32), compare=False)
+    first_rows: np.ndarray = dataclasses.field(default_factory=lambda: NO_ROWS)
     moved: int = 0
-    entered: tuple[tuple[int, int, int], ...] = ()
+    # Pages that decodes write the first token of: slot, index in the page table, page [U 3].
+    entered: np.ndarray = dataclasses.field(default_factory=lambda: NO_PAGES)
 
     @property
     def decode_rows(self) -> np.ndarray:

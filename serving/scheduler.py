@@ -13,7 +13,7 @@ from .chunk_budget import chunk_budget
 from .landing import Landing
 from .page_pool import PagePool
 from .partition import Partition
-from .schedule import Chunk, Schedule
+from .schedule import NO_PAGES, Chunk, Schedule
 from .sequence import Sequence, SequenceStatus
 
 # Steps in a row that have no room for who could decode: some seconds of an 8B on an H100.
@@ -82,6 +82,11 @@ class Scheduler:
         return sum([part.pool.usage for part in self.partitions]) / len(self.partitions)
 
     @property
+    def load(self) -> tuple[int, int, float]:
+        """Sequences running and waiting, and the usage; any thread may ask."""
+        return self.num_running, len(self.waiting), self.usage
+
+    @property
     def is_idle(self) -> bool:
         return not self.waiting and not any([part.running for part in self.partitions])
 
@@ -101,7 +106,7 @@ class Scheduler:
             return dataclasses.replace(shares[0], chunks=chunks) if chunks else shares[0]
         decodes = tuple(seq for share in shares for seq in share.decodes)
         rows = np.concatenate([share.decode_rows for share in shares], axis=1)
-        return Schedule(decodes, chunks, rows, entered=tuple(page for share in shares for page in share.entered))
+        return Schedule(decodes, chunks, rows, entered=np.concatenate([share.entered for share in shares]))
 
     def _prompts_go_first(self) -> bool:
         """Not over stages, where groups that decode keep the others busy."""
@@ -148,13 +153,14 @@ class Scheduler:
                 self.partitions[seq.partition].start_decoding(seq, self._tick + self.num_stages)
         return tuple(chunk for mine in chunks for chunk in mine)
 
-    def land(self, seqs: Many[Sequence], tokens: Many[int]) -> tuple[Many[Sequence], list[Sequence]]:
-        """A sampled token of each was read. Returns the sequences that took theirs (`seqs` itself where all did), for
-        one that has ended meanwhile has no use for it, and those among them for which it is the last."""
-        if self._landing is not None and self._landing.seqs is seqs and self._landing.take(tokens):
+    def land(self, seqs: Many[Sequence], tokens: Many[int] | np.ndarray) -> tuple[Many[Sequence], list[Sequence]]:
+        """A sampled token of each was read: `tokens` [B]. Returns the sequences that took theirs (`seqs` itself where
+        all did), for one that has ended meanwhile has no use for it, and those among them for which it is the last."""
+        read = np.asarray(tokens)
+        if self._landing is not None and self._landing.seqs is seqs and self._landing.take(read):
             return seqs, []
         self._dissolve()
-        ended, last = self._land_each(seqs, tokens)
+        ended, last = self._land_each(seqs, read.tolist())
         if seqs and seqs is self._landed and not last and all(seq.status is SequenceStatus.RUNNING for seq in seqs):
             self._landing = Landing(seqs)
         self._landed = seqs
@@ -167,7 +173,7 @@ class Scheduler:
             if seq.status is not running and self._land_late(seq):
                 ended.append(seq)
                 continue
-            output = seq.given_token_ids
+            output = seq.given
             output.append(token)
             if token in seq.stop_token_ids or len(output) >= seq.max_tokens:
                 last.append(seq)
@@ -210,14 +216,14 @@ class Scheduler:
         """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
         decoding = part.decoding
         due = decoding.due(self._tick, -(-len(decoding) // self.num_groups))
-        entered = []
-        for index in decoding.short(due):
-            # Who gives way is the last: the indices of the others stay.
-            if index < len(decoding) and self._grow(part, seq := decoding[index]):
-                decoding.add_room(index, part.pool.page_size)
-                entered.append((seq.slot, len(seq.pages) - 1, seq.pages[-1]))
+        short = decoding.short(due)
+        while not part.pool.can_take(len(short)):
+            # Who gives way is the last, perhaps one of these: the indices of the others stay.
+            self._preempt(part.running[-1])
+            short = short[short < len(decoding)]
+        entered = decoding.enter(short, part.pool.take(len(short)), part.pool.page_size) if len(short) else NO_PAGES
         decodes, rows, moved = decoding.advance(due, self._tick + self.num_stages)
-        return Schedule(decodes, (), rows, moved, tuple(entered))
+        return Schedule(decodes, (), rows, moved, entered)
 
     def _prompts(self) -> list[tuple[int, int]]:
         """Prompt tokens that each partition could take now, and the whole of the prompts that they belong to: of those
@@ -249,16 +255,6 @@ class Scheduler:
         length = min(left, budget)
         chunks.append(Chunk(seq, seq.num_computed, length, length == left, seq.num_admissions))
         return length
-
-    def _grow(self, part: Partition, seq: Sequence) -> bool:
-        """A page for the token at position `num_computed`; False when `seq` itself had to give way."""
-        while not part.pool.can_take(1):
-            victim = part.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        seq.pages += part.pool.take(1)
-        return True
 
     def _release(self, seq: Sequence) -> None:
         if seq.landing is not None:

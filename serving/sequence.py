@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import enum
 import functools
+from typing import TYPE_CHECKING
 
 from .decoding import Decoding
 from .landing import Landing
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    Tokens = array.array[int]
+else:
+    Tokens = array.array  # which takes no argument at run time before Python 3.12
 
 
 class SequenceStatus(enum.Enum):
@@ -23,7 +30,7 @@ class Sequence:
 
     Counters are in tokens. `num_computed` runs ahead of what the host has read: a sampled token that is still on the
     device counts as `in_flight`, and a step over it may already have been sent. While it decodes, `decoding` counts;
-    `landing`, if there is one, may have tokens that are not among `given_token_ids` yet.
+    `landing`, if there is one, may have tokens that are not in `given` yet.
     """
 
     seq_id: int
@@ -33,7 +40,8 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     status: SequenceStatus = SequenceStatus.WAITING
-    given_token_ids: list[int] = dataclasses.field(default_factory=list)
+    # As C integers, copied in blocks: the objects that Python makes of them are the consumer's thread's to make.
+    given: Tokens = dataclasses.field(default_factory=lambda: array.array("i"))
     landing: Landing | None = None
     slot: int = -1
     # How often it was given a slot: what was sent under an earlier one is stale.
@@ -61,18 +69,23 @@ class Sequence:
         self.computed_before = count
 
     @property
-    def output_token_ids(self) -> list[int]:
-        """All that were read."""
+    def tokens_read(self) -> Tokens:
+        """Sampled tokens that the host knows; it grows, and is not to be kept."""
         if self.landing is not None:
             self.landing.give(self)
-        return self.given_token_ids
+        return self.given
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The same as a list of its own."""
+        return self.tokens_read.tolist()
 
     @property
     def in_flight(self) -> int:
         if self.status is not SequenceStatus.RUNNING:
             return self.left_in_flight
         # A token is sampled as soon as all known ones are computed.
-        return max(0, self.num_computed + 1 - self.num_prompt - len(self.output_token_ids))
+        return max(0, self.num_computed + 1 - self.num_prompt - len(self.tokens_read))
 
     @functools.cached_property
     def last_computed(self) -> int:
@@ -86,11 +99,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens, those still on the device included."""
-        return self.num_prompt + len(self.output_token_ids) + self.in_flight
+        return self.num_prompt + len(self.tokens_read) + self.in_flight
 
     @property
     def num_generated(self) -> int:
-        return len(self.output_token_ids) + self.in_flight
+        return len(self.tokens_read) + self.in_flight
 
     @property
     def is_complete(self) -> bool:

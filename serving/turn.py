@@ -101,5 +101,5 @@ def digest_of(result: StepResult, before: int = 0) -> int:
         words.extend((chunk.seq.seq_id, chunk.start, chunk.length, chunk.samples))
         words.extend(chunk.seq.pages)
     for seq in result.advanced:
-        words.extend((seq.seq_id, seq.output_token_ids[-1]))
+        words.extend((seq.seq_id, seq.tokens_read[-1]))
     return zlib.crc32(words.tobytes(), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,11 +266,14 @@ def test_prompt_logprobs_of_a_step_that_was_lost_are_scored_again(llm: LLM) -> N
     assert positions == list(range(1, 45))
 
 
-def test_metrics_tell_what_happened(llm: LLM) -> None:
-    def value(name: str) -> float:
-        rows = [row for row in llm.engine.metrics.render().decode().splitlines() if row.startswith(name)]
-        return sum(float(row.split()[-1]) for row in rows)
+def exposed(llm: LLM, name: str) -> float:
+    """The sum of the metrics whose names start so."""
+    rows = [row for row in llm.engine.metrics.render().decode().splitlines() if row.startswith(name)]
+    return sum(float(row.split()[-1]) for row in rows)
 
+
+def test_metrics_tell_what_happened(llm: LLM) -> None:
+    value = functools.partial(exposed, llm)
     names = ("vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total", "vllm:prompt_tokens_total")
     stops = 'vllm:request_success_total{engine="0",finished_reason="length"'
     before = [value(name) for name in names]
@@ -290,8 +294,8 @@ def test_the_times_between_tokens_add_up(llm: LLM) -> None:
     """Whether the same sequences go on or one ends, and although nobody follows them token by token."""
 
     def between() -> tuple[float, float]:
-        histogram = llm.engine.replicas[0].metrics._itl
-        return sum(histogram.counts), histogram.sum
+        count, seconds = (exposed(llm, f"vllm:inter_token_latency_seconds_{name}") for name in ("count", "sum"))
+        return count, seconds
 
     (count, seconds), lengths = between(), (4, 9, 9, 20)
     prompts = prompts_of([5, 6, 7, 8], llm.engine.vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from paddock.serving.metrics import Metrics, MetricsPage
+from paddock.serving.metrics import MOST_NOTES, Metrics, MetricsPage
 from paddock.serving.outputs import RequestTimes
 
 LABELS = {"model_name": "demo", "engine": "0"}
@@ -26,7 +26,7 @@ def metrics() -> Metrics:
 
 
 def step(metrics: Metrics, **changes: object) -> None:
-    known = dict(bucket="8", seconds=0.004, num_tokens=3, running=2, waiting=1, kv_usage=0.25, preemptions=0)
+    known = dict(bucket="8", seconds=0.004, num_tokens=3, preemptions=0)
     metrics.on_step(**(known | changes))  # type: ignore[arg-type]
 
 
@@ -56,17 +56,29 @@ def test_fresh_metrics_expose_every_name_at_zero(metrics):
         assert value(metrics, "vllm:request_success_total", finished_reason=reason) == 0
 
 
-def test_a_step_sets_gauges_and_its_buckets_histogram(metrics):
+def test_a_step_is_in_the_histogram_of_its_bucket(metrics):
     step(metrics, preemptions=2)
-    step(metrics, bucket="16", seconds=0.5, num_tokens=10, running=5)
-    assert value(metrics, "vllm:num_requests_running") == 5
-    assert value(metrics, "vllm:num_requests_waiting") == 1
-    assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25
+    step(metrics, bucket="16", seconds=0.5, num_tokens=10)
     assert value(metrics, "vllm:num_preemptions_total") == 2
     assert value(metrics, "vllm:iteration_tokens_total_sum") == 13
     assert value(metrics, "paddock:step_seconds_count", bucket="8") == 1
     assert value(metrics, "paddock:step_seconds_sum", bucket="16") == 0.5
-    metrics.set_load(0, 0, 0.0)
+
+
+def test_as_many_steps_are_counted_as_were_noted(metrics):
+    for _ in range(2 * MOST_NOTES + 3):
+        step(metrics)
+    assert value(metrics, "paddock:step_seconds_count", bucket="8") == 2 * MOST_NOTES + 3
+    assert value(metrics, "vllm:iteration_tokens_total_sum") == 3 * (2 * MOST_NOTES + 3)
+
+
+def test_gauges_are_what_they_are_when_somebody_looks():
+    load = [5, 1, 0.25]
+    metrics = Metrics("demo", load=lambda: tuple(load))
+    assert value(metrics, "vllm:num_requests_running") == 5
+    assert value(metrics, "vllm:num_requests_waiting") == 1
+    assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25
+    load[0] = 0
     assert value(metrics, "vllm:num_requests_running") == 0
 
 
