@@ -30,8 +30,8 @@ from paddock.serving.bench_profile import record_as_usual
 from paddock.serving.bench_workload import Job, random_prompt
 from paddock.serving.step_trace import StepTrace
 
-# Tokens at both ends that do not count: some sequences are still in prefill, or have ended. Requests come one by one, so
-# that a batch may begin in a dozen steps.
+# Tokens at both ends that do not count: some sequences are still in prefill, or have ended. Requests come one by one,
+# so that a batch may begin, and end, over a dozen steps.
 EDGE = 32
 
 
