@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=384)
     args = parser.parse_args(argv)
-    if args.output_len < 4 * EDGE:
-        parser.error(f"--output-len must be at least {4 * EDGE}, got {args.output_len}")
+    if args.output_len < 3 * EDGE:
+        parser.error(f"--output-len must be at least {3 * EDGE}, got {args.output_len}")
     draw = random.Random(0)
     with open_llm(args) as llm:
         head = {"benchmark": "host", "model": llm.engine.model_name}
