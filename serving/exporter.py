@@ -21,6 +21,8 @@ from .programs import Programs
 
 # More than these were not measured to help: XLA's threads, which take over, want the cores as well.
 MOST_PROCESSES, CORES_OF_ONE = 4, 4
+# Of JAX's settings those that change what a step is, and that a program may have set other than by the environment.
+SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_default_prng_impl")
 
 
 def choose_processes(wanted: int | None, platform: str) -> int:
@@ -120,19 +122,17 @@ class Exporter:
         )
 
 
-# Of JAX's settings those that change what a step is, and that a program may have set other than by the environment.
-SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_default_prng_impl")
-
-
 def _there(pipe: IO[bytes] | None) -> IO[bytes]:
     assert pipe is not None
     return pipe
 
 
 def _environment(num_devices: int) -> dict[str, str]:
-    """This process's, for one with so many CPU devices and no other. XLA's flags are for who compiles."""
+    """This process's, for one with so many CPU devices and no other, that finds what this one may import. XLA's flags
+    are for who compiles."""
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(num_devices),
     }
