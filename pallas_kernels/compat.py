@@ -103,9 +103,7 @@ def await_kernel_before(interpret: bool) -> None:
     """In a kernel, by all threads, before they read or write memory: wait for what earlier kernels have to do with it.
 
     A kernel that says so is launched while the one before it ends ("programmatic dependent launch"), where it is no
-    part of a command buffer: 1 to 2 us less each (H100). Nothing on JAX before 0.11, or to `interpret`.
+    part of a command buffer: 1 to 2 us less each (H100). The interpreter knows no such thing.
     """
-    # It has no public name yet.
-    wait = getattr(importlib.import_module("jax._src.pallas.mosaic_gpu.primitives"), "griddepcontrol_wait", None)
-    if wait is not None and not interpret:
-        wait()
+    if not interpret:
+        plgpu.griddepcontrol_wait()

@@ -65,9 +65,10 @@ def decode_mosaic(
     """Decode attention whose thread blocks share all tokens of the batch equally, whatever the lengths.
 
     Each walks its tiles of 64 tokens: one warpgroup fetches, one computes; what lies across shares is merged by the
-    last block that has a part of it, or where there are many by a small second kernel. Scores, softmax, sums and the
-    parts to merge are float32. K is the left side of the products and the query heads are the right one, so that a
-    group of 4 costs 8 columns, not 64 rows. Pages of int8 or float8_e4m3fn hold values divided by k_scale and v_scale.
+    last block that has a part of it, or by a small second kernel where pairs of sequence and kv head are few. Scores,
+    softmax, sums and the parts to merge are float32. K is the left side of the products and the query heads are the
+    right one, so that a group of 4 costs 8 columns, not 64 rows. Pages of int8 or float8_e4m3fn hold values divided by
+    k_scale and v_scale.
     `interpret` runs the kernels on the CPU, for tests.
     Raises ValueError where the kernel cannot run: q of a dtype other than bfloat16 or float16, head_dim other than 64
     or 128, a page size that neither divides 64 nor is a multiple of it (16 at least), more than 64 query heads a kv

@@ -2,8 +2,9 @@
 
 process_s is Python's own start, import_s JAX and ours; resolve_s, load_s and compile_s are the engine's phases, ready_s
 all until then; first_token_s is the warm-up, one request. Of compile_s, lower_s is the one thread that traces and
-lowers; read_thread_s and xla_thread_s (reading programs from the cache; XLA's compiler or JAX's own cache) are sums
-over threads that work beside it. Then how many programs were found ready, had to be lowered, and had to be compiled.
+lowers, or waits for processes that do; read_thread_s and xla_thread_s (reading programs from the cache; XLA's compiler
+or JAX's own cache) are sums over threads that work beside it. Then how many programs were found ready, had to be
+lowered, were lowered by other processes, and had to be compiled.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             "xla_thread_s": compiling.compile_seconds,
             "programs_found": compiling.num_found,
             "programs_lowered": compiling.num_lowered,
+            "programs_exported": compiling.num_exported,
             "programs_compiled": compiling.num_compiled,
         }
         begin = time.perf_counter()

@@ -73,7 +73,7 @@ def build(
         tokenizer, chat_template = _text_side(config, resolved)
     if config.cache_weights and jax.process_count() > 1:
         raise ValueError("cache_weights is for one process; over several give each an Orbax folder (paddock convert)")
-    exporter = _exporter(config, resolved.programs)
+    exporter = _exporter(config, resolved.programs, replica)
     with exporter or nullcontext():
         compiler = make(_program_cache(config, resolved.programs), exporter, progress=progress)
         compiler.foresee(resolved.programs.jobs())
@@ -119,13 +119,16 @@ def _program_cache(config: EngineConfig, programs: Programs) -> ProgramCache | N
     return ProgramCache(cache_dir(config) / "programs", list(programs.plan.layout.mesh.devices.flat), programs.facts())
 
 
-def _exporter(config: EngineConfig, programs: Programs) -> Exporter | None:
-    """Raises ValueError for processes that lower beside others that run the engine together."""
+def _exporter(config: EngineConfig, programs: Programs, replica: int) -> Exporter | None:
+    """The first replica starts alone, the others at a time. Raises ValueError for processes that lower beside others
+    that run the engine together."""
     if jax.process_count() > 1:
         if config.lowering_processes:
             raise ValueError("lowering_processes is for one process: an engine over several lowers in each of them")
         return None
-    count = choose_processes(config.lowering_processes, programs.plan.layout.mesh.devices.flat[0].platform)
+    others = config.layout_text.mesh_config(jax.device_count()).num_replicas - 1 if replica else 1
+    platform = programs.plan.layout.mesh.devices.flat[0].platform
+    count = choose_processes(config.lowering_processes, platform, sharing=others)
     return Exporter(programs, count) if count else None
 
 

@@ -50,12 +50,14 @@ class Exporting(Protocol):
 
 @dataclasses.dataclass
 class CompileReport:
-    """Where the time went: programs that were found whole, those that had to be lowered, and those of them that JAX's
-    own cache did not have. `lower_seconds` are this thread's, with what it waits for processes that lower;
-    `read_seconds` and `compile_seconds` are those of all threads together, and with lowering they overlap."""
+    """Where the time went: programs that were found whole, those that had to be lowered, and those of them that other
+    processes lowered and that JAX's own cache did not have. `lower_seconds` are this thread's, with what it waits for
+    processes that lower; `read_seconds` and `compile_seconds` are those of all threads together, and with lowering they
+    overlap."""
 
     num_found: int = 0
     num_lowered: int = 0
+    num_exported: int = 0
     num_compiled: int = 0
     read_seconds: float = 0.0
     lower_seconds: float = 0.0
@@ -89,12 +91,15 @@ class Compiler:
             for key, made in making.items():
                 pool.submit(self._save, key, jobs[key], made)
             self.report.num_lowered, self.report.num_found = len(making), len(jobs) - len(making)
+            self.report.num_exported = sum(job.exportable for job in missing.values()) if self.exporter else 0
             programs: dict[Any, Any] = {key: (making.get(key) or reading[key]).result() for key in jobs}
             return programs
 
     def foresee(self, jobs: Mapping[Any, Job]) -> None:
         """Have exported what `run` will not find, while the caller does something else."""
-        self._export({key: job for key, job in jobs.items() if not self.cache or not self.cache.has(key, job.options)})
+        if self.exporter:
+            cache = self.cache
+            self._export({key: job for key, job in jobs.items() if not (cache and cache.has(key, job.options))})
 
     def _export(self, jobs: Mapping[Any, Job]) -> None:
         if self.exporter:

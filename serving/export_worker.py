@@ -1,5 +1,5 @@
-"""The process that lowers steps: `python -m paddock.serving.export_worker` reads an `ExportJob` from standard input and
-writes its `Exported` steps, one after the other, to standard output; both pickled, from one user's process to another.
+"""The process that lowers steps: `python -m paddock.serving.export_worker FD` reads an `ExportJob` from standard input
+and writes its `Exported` steps, one after the other, to the file FD; both pickled, from one user's process to another.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from .programs import Programs
 from .step_plan import StepPlan
 
 
-def main() -> int:
-    # Libraries print; the answers have a channel of their own.
-    with os.fdopen(os.dup(1), "wb") as channel:
-        os.dup2(2, 1)
-        job: ExportJob = pickle.load(sys.stdin.buffer)
-        programs = programs_of(job)
+def main(channel: int) -> int:
+    job: ExportJob = pickle.load(sys.stdin.buffer)
+    with os.fdopen(channel, "wb") as answers:
         try:
+            programs = programs_of(job)
             for bucket in job.buckets:
                 # Its derivative is a closure, which no step has a use for.
                 answer: Any = dataclasses.replace(programs.export(bucket, job.platform), _get_vjp=None)
-                pickle.dump(answer, channel)
-                channel.flush()
+                pickle.dump(answer, answers)
+                answers.flush()
         except Exception as error:
-            pickle.dump(RuntimeError(f"{type(error).__name__}: {error}"), channel)
+            pickle.dump(RuntimeError(f"a step could not be lowered: {type(error).__name__}: {error}"), answers)
     return 0
 
 
 def programs_of(job: ExportJob) -> Programs:
     """The programs over CPU devices, as many as there are: what is lowered names no device."""
     for name, value in job.settings.items():
-        jax.config.update(name, value)
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
     layout = Layout(MeshConfig(job.axes).build(), job.rules)
     return Programs(StepPlan(layout=layout, **job.plan), **job.programs)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import logging
+import math
 import os
 import pickle
 import subprocess
@@ -11,27 +14,30 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from typing import IO, Any, BinaryIO
+from typing import Any
 
 import jax
 from jax.export import Exported
 
 from .bucket import Bucket
+from .program_cache import settings
 from .programs import Programs
+
+logger = logging.getLogger("paddock")
 
 # More than these were not measured to help: XLA's threads, which take over, want the cores as well.
 MOST_PROCESSES, CORES_OF_ONE = 4, 4
-# Of JAX's settings those that change what a step is, and that a program may have set other than by the environment.
-SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_default_prng_impl")
+# Of JAX's settings those that differ on purpose: what is lowered is for other devices than those of who lowers.
+OWN_SETTINGS = ("jax_platforms", "jax_platform_name", "jax_num_cpu_devices")
 
 
-def choose_processes(wanted: int | None, platform: str) -> int:
-    """How many processes lower: `wanted`, or of a GPU's host a quarter of the cores, at most four. On a CPU none: its
-    models are small."""
-    if wanted is not None:
-        return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_PROCESSES, cores // CORES_OF_ONE) if platform == "gpu" else 0
+def choose_processes(wanted: int | None, platform: str, *, sharing: int = 1) -> int:
+    """How many processes lower: `wanted`, or of a GPU's host a quarter of the cores, at most four; an equal part of
+    those, where so many replicas start at a time, but one. On a CPU none: its models are small."""
+    if wanted is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = min(MOST_PROCESSES, cores // CORES_OF_ONE) if platform == "gpu" else 0
+    return max(wanted // sharing, 1) if wanted else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,68 @@ class ExportJob:
     platform: str
     buckets: tuple[Bucket, ...]
 
+    @classmethod
+    def of(cls, programs: Programs, buckets: Sequence[Bucket]) -> ExportJob:
+        layout = programs.plan.layout
+        return cls(
+            programs=_fields(programs, "plan"),
+            plan=_fields(programs.plan, "layout"),
+            axes=tuple(layout.mesh.shape.items()),
+            rules=layout.rules,
+            settings={name: value for name, value in settings().items() if name not in OWN_SETTINGS},
+            platform=jax.export.default_export_platform(),
+            buckets=tuple(buckets),
+        )
+
+
+class Worker:
+    """One process, and its answers, which come in the order of the job's buckets."""
+
+    def __init__(self, job: ExportJob):
+        content = pickle.dumps(job)
+        answers, channel = os.pipe()
+        self._answers = os.fdopen(answers, "rb")
+        self._said: Any = tempfile.TemporaryFile()  # noqa: SIM115 - libraries print, some as they are imported
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "paddock.serving.export_worker", str(channel)],
+            stdin=subprocess.PIPE,
+            stdout=self._said,
+            stderr=self._said,
+            env=_environment(math.prod(size for _, size in job.axes)),
+            pass_fds=(channel,),
+            start_new_session=True,  # who interrupts this process does not mean that one
+        )
+        os.close(channel)
+        # One that has ended says so to who reads.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # type: ignore[union-attr]
+            pipe.write(content)
+
+    def read(self) -> Exported:
+        """Raises RuntimeError saying why there is none."""
+        try:
+            answer = pickle.load(self._answers)
+        except EOFError as error:
+            code, lines = self._process.wait(), self._lines()
+            last = f": {lines[-1]}" if lines and code > 0 else ""
+            raise RuntimeError(f"a process that lowers steps ended with exit code {code}{last}") from error
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self._process.wait()
+        for line in self._lines():
+            logger.debug("a process that lowers steps: %s", line)
+        self._answers.close()
+        self._said.close()
+
+    def _lines(self) -> list[str]:
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace").strip().splitlines()
+
 
 class Exporter:
     """`count` processes, each of which makes every so many of the steps in the order in which they are asked for.
@@ -55,15 +123,15 @@ class Exporter:
 
     def __init__(self, programs: Programs, count: int):
         self.programs, self.count = programs, count
-        self._running: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
+        self._running: list[tuple[Worker, threading.Thread]] = []
         self._made: dict[Bucket, concurrent.futures.Future[Exported]] = {}
 
     def __enter__(self) -> Exporter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process, _ in self._running:
-            process.kill()
+        for worker, _ in self._running:
+            worker.kill()
         for _, thread in self._running:
             thread.join()
         self._running.clear()
@@ -73,58 +141,28 @@ class Exporter:
         buckets = [bucket for bucket in buckets if bucket not in self._made]
         for first in range(min(self.count, len(buckets))):
             mine = buckets[first :: self.count]
+            worker = Worker(ExportJob.of(self.programs, mine))
             self._made |= {bucket: concurrent.futures.Future() for bucket in mine}
-            errors = tempfile.TemporaryFile()  # noqa: SIM115 - the thread closes it
-            command = [sys.executable, "-P", "-m", "paddock.serving.export_worker"]
-            env = _environment(self.programs.plan.layout.mesh.size)
-            pipe = subprocess.PIPE
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=env)
-            thread = threading.Thread(target=self._talk, args=(process, mine, errors), daemon=True)
+            thread = threading.Thread(target=self._collect, args=(worker, mine), daemon=True)
             thread.start()
-            self._running.append((process, thread))
+            self._running.append((worker, thread))
 
     def result(self, bucket: Bucket) -> Exported:
         """Waits for it. Raises RuntimeError where its process failed."""
         return self._made[bucket].result()
 
-    def _talk(self, process: subprocess.Popen[bytes], buckets: Sequence[Bucket], errors: BinaryIO) -> None:
-        with errors, process:
+    def _collect(self, worker: Worker, buckets: Sequence[Bucket]) -> None:
+        failure: Exception | None = None
+        for bucket in buckets:
             try:
-                pickle.dump(self._job(buckets), _there(process.stdin))
-                _there(process.stdin).close()
-                for bucket in buckets:
-                    answer = pickle.load(_there(process.stdout))
-                    if isinstance(answer, RuntimeError):
-                        raise answer
-                    self._made[bucket].set_result(answer)
+                if failure is None:
+                    self._made[bucket].set_result(worker.read())
             except Exception as error:
-                # An answer cut short, or none: what the process says last says why. It ends when nobody listens.
-                _there(process.stdout).close()
-                process.wait()
-                errors.seek(0)
-                said = [str(error), *errors.read().decode(errors="replace").strip().splitlines()]
-                reason = said[0] if isinstance(error, RuntimeError) else said[-1]
-                for bucket in buckets:
-                    if not self._made[bucket].done():
-                        failure = RuntimeError(f"lowering steps in another process failed: {reason}")
-                        self._made[bucket].set_exception(failure)
-
-    def _job(self, buckets: Sequence[Bucket]) -> ExportJob:
-        programs, mesh = _fields(self.programs, "plan"), self.programs.plan.layout.mesh
-        return ExportJob(
-            programs=programs,
-            plan=_fields(self.programs.plan, "layout"),
-            axes=tuple(mesh.shape.items()),
-            rules=self.programs.plan.layout.rules,
-            settings={name: jax.config.values[name] for name in SETTINGS},
-            platform=jax.export.default_export_platform(),
-            buckets=tuple(buckets),
-        )
-
-
-def _there(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
+                failure = error
+                worker.kill()  # it may be at a step that nobody wants any more
+            if failure is not None:
+                self._made[bucket].set_exception(failure)
+        worker.close()
 
 
 def _environment(num_devices: int) -> dict[str, str]:
@@ -132,7 +170,7 @@ def _environment(num_devices: int) -> dict[str, str]:
     are for who compiles."""
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(num_devices),
     }

@@ -89,14 +89,18 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
     return data[:32], data[32:]
 
 
+def settings() -> dict[str, Any]:
+    """JAX's own, as far as programs depend on them."""
+    return {name: value for name, value in jax.config.values.items() if not any(word in name for word in _IRRELEVANT)}
+
+
 def _surroundings(devices: Sequence[jax.Device]) -> list[str]:
     """What a program depends on that no argument says."""
     device = devices[0]
-    settings = {k: v for k, v in jax.config.values.items() if not any(word in k for word in _IRRELEVANT)}
     return [
         f"{jax.__version__} {jaxlib.__version__} {platform.python_version()} {device.client.platform_version}",
         f"{device.device_kind} {[d.id for d in devices]} of {len(device.client.devices())} {_cpu_features()}",
-        repr(sorted(settings.items(), key=lambda item: item[0])),
+        repr(sorted(settings().items(), key=lambda item: item[0])),
         repr([os.environ.get(name) for name in VARIABLES]),
         _source_hash(),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ class Programs:
 
     def lower(self, bucket: Bucket, exported: Exported | None = None) -> jax.stages.Lowered:
         """The step of one bucket, traced from shapes alone, or taken as it was `exported` by another process."""
-        fn = bind(step, self.plan, self.packings[bucket]) if exported is None else exported.call
+        fn = self._step(bucket) if exported is None else _called(exported)
         hidden: Any = self._hidden(bucket)
         logits: Any = None if bucket.full else self._logits
         outputs = StepOutput(self._sampled(full=bucket.full), hidden, logits)
@@ -90,9 +90,11 @@ class Programs:
 
     def export(self, bucket: Bucket, platform: str) -> Exported:
         """The step of one bucket as a program can call it that has devices of `platform`; this one need not."""
-        fn = bind(step, self.plan, self.packings[bucket])
         with self._precision:
-            return export(jax.jit(fn), platforms=[platform])(*self._arguments(bucket))
+            return export(jax.jit(self._step(bucket)), platforms=[platform])(*self._arguments(bucket))
+
+    def _step(self, bucket: Bucket) -> Callable[..., Any]:
+        return bind(step, self.plan, self.packings[bucket])
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, ...]:
         return self.params, self.cache, self.state, self._ints(*self.packed_shape(bucket))
@@ -195,3 +197,11 @@ class Programs:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (self.cache, self.state))
 
         return jax.jit(zeros, out_shardings=self._kept).lower()
+
+
+def _called(exported: Exported) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return exported.call(*arguments)
+
+    call.__name__ = step.__name__  # by which profiles know a step
+    return call

@@ -25,6 +25,7 @@ def llm() -> Iterator[LLM]:
 
 
 def test_generate_keeps_the_order_and_the_texts(llm: LLM) -> None:
+    assert llm.engine.compiling.num_exported > 0, "as the options ask for"
     prompts = [ROMEO, {"prompt_token_ids": llm.tokenizer.encode("JULIET:\n")}, "KING"]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output.prompt for output in outputs] == [ROMEO, None, "KING"]
