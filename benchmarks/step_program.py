@@ -1,16 +1,19 @@
-"""Milliseconds of the compiled decode step alone, without scheduler and host, by the entry of `--all-reduce`.
+"""Milliseconds of the compiled decode step alone, without scheduler and host, by who reduces and multiplies and by
+options of XLA's.
 
     python benchmarks/step_program.py --mesh tensor=2
+    python benchmarks/step_program.py --products xla mosaic --xla "" xla_gpu_enable_split_k_autotuning=false
     python benchmarks/step_program.py --model smollm2-135m --mesh tensor=3 --batch-sizes 1 --all-reduce xla reference
 
 Dummy weights; every sequence stays at position --context - 1. The first steps generate, to compare their tokens with
-those of the first entry: equal sums in another order may round differently, so that tokens may part. The last line is
+those of the first variant: equal sums in another order may round differently, so that tokens may part. The last line is
 JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,12 @@ PAGE_SIZE, GENERATED = 64, 12
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3.1-8b")
-    parser.add_argument("--mesh", default="tensor=2")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--mesh", default="")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 32, 256])
     parser.add_argument("--context", type=int, default=201)
-    parser.add_argument("--all-reduce", nargs="+", default=["xla", "mosaic"])
+    parser.add_argument("--all-reduce", nargs="+", help="default: xla, and mosaic over several devices")
+    parser.add_argument("--products", nargs="+", default=["auto"])
+    parser.add_argument("--xla", nargs="+", default=[""], metavar="NAME=VALUE,..", help="sets of XLA options")
     parser.add_argument("--repetitions", type=int, default=40)
     args = parser.parse_args(argv)
     mesh, model = MeshConfig.parse(args.mesh), SHAPES[args.model]
@@ -48,27 +53,46 @@ def main(argv: list[str] | None = None) -> None:
     dtype = "float32" if layout.mesh.devices.flat[0].platform == "cpu" else model.dtype
     slots = max(args.batch_sizes)
     sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_seqs": slots, "max_num_batched_tokens": 8 * slots}
+    reductions = args.all_reduce or (["xla", "mosaic"] if mesh.num_devices > 1 else ["xla"])
     params, rows = load(Path(), model, layout, dtype, "dummy", seed=0), []
-    for name in args.all_reduce:
-        plan, buckets = plan_steps(model, layout, dtype=dtype, max_model_len=args.context, all_reduce=name, **sizes)
+    for reduction, products in itertools.product(reductions, args.products):
+        entries = {"all_reduce": reduction, "products": products}
+        plan, buckets = plan_steps(model, layout, dtype=dtype, max_model_len=args.context, **entries, **sizes)
         programs = Programs(plan, buckets, slots * plan.pages_per_seq + 1)
         boxes = Mailboxes.open(layout.mesh, reduction_axes(layout)) if plan.has_mailboxes else None
         given = {**params, MAILBOXES: boxes.table} if boxes else params
-        for count in args.batch_sizes:
-            taken, tokens = run(programs, given, count, args.context - 1, args.repetitions)
+        for xla, count in itertools.product(args.xla, args.batch_sizes):
+            taken, tokens = run(programs, given, count, args.context - 1, args.repetitions, xla_options(xla))
             first = next((row["tokens"] for row in rows if row["B"] == count), tokens)
             equal = float(np.mean(tokens == first))
-            rows.append({"all_reduce": name, "B": count, "step_ms": taken * 1e3, "equal": equal, "tokens": tokens})
+            rows.append({**entries, "xla": xla, "B": count, "step_ms": taken * 1e3, "equal": equal, "tokens": tokens})
     for row in rows:
         del row["tokens"]
     report({"benchmark": "step_program", "model": args.model, "mesh": args.mesh, "context": args.context}, rows)
 
 
-def run(programs: Programs, params: Any, count: int, position: int, repetitions: int) -> tuple[float, np.ndarray]:
-    """Seconds of a step of `count` sequences, the best of three series, and the tokens of the first steps."""
+def xla_options(text: str) -> dict[str, Any]:
+    """From "name=value,name=value". Raises ValueError for a part that is not so."""
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"--xla: {part!r} is not of the form name=value")
+        options[name] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+    return options
+
+
+def run(
+    programs: Programs, params: Any, count: int, position: int, repetitions: int, options: dict[str, Any]
+) -> tuple[float, np.ndarray]:
+    """Seconds of a step of `count` sequences, the best of three series, and the tokens of the first steps. Raises
+    ValueError for a number that no step has."""
     plan = programs.plan
     bucket = Bucket(count, 0, 0, plan.branches)
-    packing, compiled = programs.packings[bucket], programs.compile_step(bucket)
+    if bucket not in programs.packings:
+        sizes = sorted({one.decodes for one in programs.packings if not one.chunks})
+        raise ValueError(f"--batch-sizes: no step has {count} rows here, but {', '.join(map(str, sizes))}")
+    packing, compiled = programs.packings[bucket], programs.compile_step(bucket, options)
     cache, state = programs.compile_allocate()()
     pages = np.arange(1, plan.num_slots * plan.pages_per_seq + 1, dtype=np.int32).reshape(plan.num_slots, -1)
     state = state._replace(page_table=plan.layout.put(pages))

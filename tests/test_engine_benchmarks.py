@@ -49,6 +49,14 @@ def test_prefill(run: Any) -> None:
     assert result["rows"][1]["floor_ms"] > result["rows"][0]["floor_ms"] > 0
 
 
+def test_options_of_xla_are_told_apart(run: Any) -> None:
+    options = importlib.import_module("step_program").xla_options
+    assert options("") == {}
+    assert options("a=true,b=false,c=3,d=x") == {"a": True, "b": False, "c": 3, "d": "x"}
+    with pytest.raises(ValueError, match="'b' is not of the form name=value"):
+        options("a=1,b")
+
+
 def test_host(run: Any) -> None:
     (row,) = run("host", "--batch-sizes", "2", "--input-len", "4", "--output-len", "100")["rows"]
     assert row["idle"] is None  # no GPU in the profile
