@@ -14,7 +14,7 @@ from paddock.serving.bench_workload import Job
 from paddock.serving.cli import main
 from paddock.serving.programs import Programs
 from paddock.serving.step_parts import OTHER, PARTS, RESIDUAL, UNATTRIBUTED, part_of_instruction, parts_of
-from paddock.serving.step_trace import Kernel, StepTrace, covered
+from paddock.serving.step_trace import STEPS, Kernel, StepTrace, covered
 
 CACHE = Path(__file__).parents[2] / "build" / "test-compile-cache"
 HLO = """
@@ -126,7 +126,8 @@ def test_a_profile_with_graphs_has_its_results_on_the_device(
 def test_bench_latency_profiles_a_step(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a CPU: instructions instead of kernels, and no floors."""
     flags = f"--skip-tokenizer-init --dtype float32 --block-size 4 --max-num-seqs 4 --max-num-batched-tokens 32 \
-        --kv-cache-memory-bytes {2**20} --batch-size 2 --input-len 4 --output-len 24 --num-iters 1 --num-iters-warmup 0"
+        --kv-cache-memory-bytes {2**20} --batch-size 2 --input-len 4 --output-len 110 --num-iters 1 \
+        --num-iters-warmup 0"
     folders = ["--model", str(golden / "gqa"), "--compile-cache-dir", str(CACHE)]
     command = ["bench", "latency", "--profile", str(tmp_path / "profile"), *folders, *flags.split()]
     assert main(command) == 0
@@ -138,6 +139,6 @@ def test_bench_latency_profiles_a_step(golden: Path, tmp_path: Path, capsys: pyt
     assert sum(result["parts_us"].values()) > 4 * result["parts_us"].get(UNATTRIBUTED, 0.0)
     assert "instructions on the CPU" in out
     assert result["bucket"] == "2+0f"
-    assert 8 <= result["profiled_steps"] <= 24
+    assert 8 <= result["profiled_steps"] <= STEPS + 4
     assert main(command) == 2, "a folder with a profile in it is left alone"
     assert "holds a profile already" in capsys.readouterr().err
