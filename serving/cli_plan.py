@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from paddock.sharding import MeshConfig
     from paddock.sharding.memory import DeviceBytes
 
-    from .planner import Plan
+    from .layout_plan import Plan
 
 LARGEST_MESH = 1024
 
@@ -87,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("MODEL", args.model), ("--accelerator", args.accelerator)):
         if value is None:
             raise ValueError(f"{name} is missing: what is to be planned?")
+    from .layout_plan import Demand
     from .plan_html import write_html
     from .plan_proof import proof_report, proved
     from .plan_report import plan_report, unfit_sentence
-    from .planner import Demand, plan, read_model
+    from .planner import plan, read_model
     from .speed_profile import read_profile
 
     for name in ("ttft", "itl"):
@@ -177,8 +178,9 @@ def present(config: EngineConfig) -> str:
     from paddock.sharding.memory import show_bytes
 
     from .footprint import SLACK, Footprint
+    from .layout_plan import Demand
     from .plan_report import plan_report
-    from .planner import Demand, plan
+    from .planner import plan
     from .platform import prepare
     from .resolve import resolve
 

@@ -7,8 +7,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+from .layout_plan import LayoutPlan, Plan
 from .plan_report import plan_report
-from .planner import LayoutPlan, Plan
 from .sweep_figures import memory_figure, speed_figure
 
 _PAGE = """<!doctype html>

@@ -12,8 +12,8 @@ from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
 from .footprint import SLACK
 from .kv_cache import page_bytes
+from .layout_plan import Demand, LayoutPlan, Plan
 from .plan_prove import Proof, prove, require_wheels, target_description
-from .planner import Demand, LayoutPlan, Plan
 from .text_table import text_table
 
 

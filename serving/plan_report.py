@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paddock.sharding.memory import show_bytes
 
-from .planner import DecodePoint, LayoutPlan, Plan
+from .layout_plan import DecodePoint, LayoutPlan, Plan
 from .text_table import text_table
 
 

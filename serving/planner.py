@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,156 +18,11 @@ from paddock.sharding import LayoutText, MeshConfig
 from paddock.sharding.accelerators import Accelerator, accelerator
 from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
-from .engine_config import GPU_TOKENS
 from .footprint import SLACK, Footprint
 from .kv_cache import page_bytes
-from .plan_prove import Proof
-from .roofline import QUANTIZED, StepTimes, Weights, kv_bytes_per_token
+from .layout_plan import KV_DTYPES, DecodePoint, Demand, LayoutPlan, Plan
+from .roofline import StepTimes, Weights, kv_bytes_per_token
 from .speed_profile import SpeedProfile, shipped_profile
-
-KV_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
-# Whose figure of the card's memory counts, and what lies in the share that may be used.
-MEMORY = ("driver", "datasheet")
-
-
-@dataclasses.dataclass(frozen=True)
-class Demand:
-    """What the engine is to hold and to serve. `memory`: `driver` counts as the engine does, with steps and libraries
-    inside the used share of what the driver gives; `datasheet` as the back of an envelope does, with weights and pages
-    alone inside it and the steps in the rest. Raises ValueError naming the field."""
-
-    dtype: str = "auto"
-    quantization: str | None = None
-    kv_cache_dtype: str = "auto"
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = GPU_TOKENS
-    max_model_len: int | None = None
-    block_size: int = 64
-    input_len: int = 1024
-    output_len: int = 128
-    memory: str = "driver"
-    utilization: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "input_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        choices: dict[str, Sequence[Any]] = {
-            "dtype": ("auto", "float32", "bfloat16", "float16"),
-            "quantization": (None, *QUANTIZED),
-            "kv_cache_dtype": ("auto", *KV_DTYPES),
-            "memory": MEMORY,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
-        if self.max_model_len is not None and self.max_model_len < self.length:
-            raise ValueError(
-                f"max_model_len {self.max_model_len} is less than input_len + output_len, {self.length} tokens"
-            )
-        if self.utilization is not None and not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization must be in (0, 1], got {self.utilization}")
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence at its end."""
-        return self.input_len + self.output_len
-
-    @property
-    def batch_sizes(self) -> list[int]:
-        """Powers of two up to `max_num_seqs`, and that."""
-        return sorted({*(2**i for i in range(self.max_num_seqs.bit_length())), self.max_num_seqs})
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodePoint:
-    """`seconds` until each of `batch` sequences has one more token; `bound`: memory, matrix, links or host."""
-
-    batch: int
-    seconds: float
-    bound: str
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.batch / self.seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class LayoutPlan:
-    """One layout. Bytes are of a device, tokens and sequences of all replicas together; those of compiled steps where
-    there is a `proof`.
-
-    `source` of the times: `measured` when every figure was measured on that accelerator, else `datasheet`. Where times
-    are not predicted, `untimed` says why.
-    """
-
-    mesh: MeshConfig
-    rules: str
-    fits: bool
-    reason: str
-    bytes_per_device: DeviceBytes
-    available: int
-    kv_bytes_per_token: int
-    kv_tokens: int
-    sequences: int
-    prefill_seconds: float | None
-    decode: tuple[DecodePoint, ...]
-    source: str
-    untimed: str = ""
-    proof: Proof | None = None
-
-    @property
-    def num_devices(self) -> int:
-        return self.mesh.num_devices
-
-    def to_json(self) -> dict[str, Any]:
-        held = self.bytes_per_device
-        return {
-            "mesh": str(self.mesh) if self.mesh.axes else "",
-            "fits": self.fits,
-            "reason": self.reason,
-            "bytes_per_device": {
-                "weights": held.weights,
-                "kv_cache": held.kv_cache,
-                "temp": held.temp + held.state,
-                "total": held.total,
-            },
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "kv_tokens": self.kv_tokens,
-            "prefill_seconds": self.prefill_seconds,
-            "decode": [dataclasses.asdict(point) for point in self.decode],
-            **({"proof": dataclasses.asdict(self.proof)} if self.proof else {}),
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    model: str
-    accelerator: Accelerator
-    count: int
-    demand: Demand
-    memory_bytes: int
-    layouts: tuple[LayoutPlan, ...]
-
-    def meeting(self, *, ttft: float | None = None, itl: float | None = None) -> list[tuple[LayoutPlan, DecodePoint]]:
-        """Layouts that keep to these seconds, each at the batch that makes its tokens cheapest; cheapest first, by
-        device-seconds a token."""
-        found = []
-        for layout in self.layouts:
-            if not layout.fits or layout.prefill_seconds is None or (ttft and layout.prefill_seconds > ttft):
-                continue
-            points = [point for point in layout.decode if not itl or point.seconds <= itl]
-            if points:
-                found.append((layout, max(points, key=lambda point: point.tokens_per_second)))
-        return sorted(found, key=lambda pair: pair[0].num_devices / pair[1].tokens_per_second)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "accelerator": self.accelerator.name,
-            "count": self.count,
-            "layouts": [layout.to_json() for layout in self.layouts],
-        }
 
 
 def plan(

@@ -14,8 +14,8 @@ from paddock.serving import plan
 from paddock.serving.cli import main
 from paddock.serving.engine_config import GPU_TOKENS
 from paddock.serving.footprint import SLACK, Footprint
+from paddock.serving.layout_plan import Plan
 from paddock.serving.plan_report import plan_report
-from paddock.serving.planner import Plan
 from paddock.serving.roofline import Seconds
 from paddock.serving.speed_profile import Curve, SpeedProfile, shipped_profile
 from paddock.sharding.accelerators import accelerator
