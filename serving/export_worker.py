@@ -37,7 +37,8 @@ def main(channel: int) -> int:
 def programs_of(job: ExportJob) -> Programs:
     """The programs over CPU devices, as many as there are: what is lowered names no device."""
     for name, value in job.settings.items():
-        if jax.config.values[name] != value:
+        # A plugin, of an accelerator that is not here, may have brought settings of its own.
+        if jax.config.values.get(name, value) != value:
             jax.config.update(name, value)
     layout = Layout(MeshConfig(job.axes).build(), job.rules)
     return Programs(StepPlan(layout=layout, **job.plan), **job.programs)

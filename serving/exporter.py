@@ -28,7 +28,7 @@ logger = logging.getLogger("paddock")
 # More than these were not measured to help: XLA's threads, which take over, want the cores as well.
 MOST_PROCESSES, CORES_OF_ONE = 4, 4
 # Of JAX's settings those that differ on purpose: what is lowered is for other devices than those of who lowers.
-OWN_SETTINGS = ("jax_platforms", "jax_platform_name", "jax_num_cpu_devices")
+OWN_SETTINGS = ("jax_platforms", "jax_platform_name", "jax_xla_backend", "jax_default_device", "jax_num_cpu_devices")
 
 
 def choose_processes(wanted: int | None, platform: str, *, sharing: int = 1) -> int:

@@ -14,6 +14,7 @@ from paddock.serving import exporter as module
 from paddock.serving.bucket import Bucket
 from paddock.serving.build import _exporter
 from paddock.serving.engine_config import EngineConfig
+from paddock.serving.export_worker import programs_of
 from paddock.serving.exporter import Exporter, ExportJob, choose_processes
 from paddock.serving.programs import Programs
 from paddock.sharding.collectives import read_collectives
@@ -80,10 +81,17 @@ def test_a_job_that_cannot_be_sent_starts_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_settings_go_along(programs: Programs) -> None:
-    job = ExportJob.of(programs, [])
-    assert job.settings["jax_threefry_partitionable"] == jax.config.jax_threefry_partitionable
-    assert not {"jax_platforms", "jax_num_cpu_devices"} & job.settings.keys()
-    pickle.dumps(job)
+    """What the program has set is set there as well; who knows no such setting goes without."""
+    before = jax.config.jax_default_matmul_precision
+    with jax.default_device(jax.devices()[-1]):
+        job = ExportJob.of(programs, [])
+    assert not {"jax_platforms", "jax_num_cpu_devices", "jax_default_device"} & job.settings.keys()
+    settings = {**job.settings, "jax_default_matmul_precision": "highest", "jax_of_a_plugin": 1}
+    try:
+        programs_of(pickle.loads(pickle.dumps(dataclasses.replace(job, settings=settings))))
+        assert jax.config.jax_default_matmul_precision == "highest"
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 def test_who_lowers(monkeypatch: pytest.MonkeyPatch, programs: Programs) -> None:
