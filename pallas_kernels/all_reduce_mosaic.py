@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 from . import packets
 from .all_reduce_reference import check_add_norm, check_all_reduce
 from .compat import load, mosaic_mode
+from .inline import WARPGROUP
 from .mailbox import BLOCKS, MailboxShape
 
 # Bytes of a message from which more than two devices reduce a piece each, instead of everybody everything.
@@ -38,7 +39,7 @@ def all_reduce_mosaic(
     check_all_reduce(partial, mailbox, axis_name)
     two_shot = _two_shot(partial, mailbox, two_shot)
     # As many blocks as possible: their rows need not be the message's.
-    even = packets.WARPGROUP * 16 // partial.dtype.itemsize * (mailbox.shape[0] - 2 if two_shot else 1)
+    even = WARPGROUP * 16 // partial.dtype.itemsize * (mailbox.shape[0] - 2 if two_shot else 1)
     width = even if partial.size % even == 0 else partial.shape[1]
     [out] = _call(_store, partial.reshape(-1, width), (), 1, mailbox, two_shot)
     return out.reshape(partial.shape)

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .inline import convergent, i32, mosaic, offset_of, scalar_of
+from .inline import SCALAR, convergent, i32, mosaic, offset_of, scalar_of
 
 # A named barrier that Mosaic, which counts warpgroups from 1, leaves alone.
 BARRIER = 14
-SCALAR: Any = plgpu.Layout.WG_SPLAT
 
 
 def arrive(counters: Any, row: jax.Array, others: jax.Array) -> jax.Array:

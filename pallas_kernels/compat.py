@@ -97,13 +97,3 @@ def kernel(body: Callable[..., None], *, out_type: Any = (), scratch_types: Any 
         return tuple(map(jax.freeze, outs))
 
     return call
-
-
-def await_kernel_before(interpret: bool) -> None:
-    """In a kernel, by all threads, before they read or write memory: wait for what earlier kernels have to do with it.
-
-    A kernel that says so is launched while the one before it ends ("programmatic dependent launch"), where it is no
-    part of a command buffer: 1 to 2 us less each (H100). The interpreter knows no such thing.
-    """
-    if not interpret:
-        plgpu.griddepcontrol_wait()

@@ -13,11 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .arrival import arrive
-from .compat import await_kernel_before, load, load_transposed, placed, product, store_transposed
+from .compat import load, load_transposed, placed, product, store_transposed
 from .decode_fetch import fetch, pages_of
 from .decode_merge import LAYOUT, along_rows, store_output
 from .decode_new import attend_new, turn_and_append
 from .decode_plan import TILE_TOKENS, sharers, tiles_of, walk
+from .early_launch import await_kernel_before
 from .merge_inline import merge_inline
 from .prefetch import prefetch
 

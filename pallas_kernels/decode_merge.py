@@ -10,8 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .compat import await_kernel_before, load, placed, store_transposed
+from .compat import load, placed, store_transposed
 from .decode_plan import tiles_of
+from .early_launch import await_kernel_before
 
 LAYOUT = plgpu.Layout.WGMMA
 LOADED = 8192  # float32 values on their way at a time: 64 registers of each thread

@@ -24,6 +24,7 @@ MOST_WAVES = 4  # times as many blocks as run at a time, where there are many (s
 # From so many (sequence, kv head) pairs on their parts are merged by the last block that has one, a kernel less. The
 # parts of fewer, of which each may have a hundred, a kernel of its own merges faster, by many blocks.
 FEWEST_PAIRS = 8
+MERGED = 64  # of head_dim, by a block of that kernel: the fewest, so that many blocks merge
 STAGES = 3  # tiles of K and V in flight for each: 3 * 2 * 16 KiB at head_dim 128
 INTERPRETED_RESIDENT = 3
 # Of the matrix after attention, asked for by a kernel that leaves the memory idle while it begins and ends: 16 MiB made
@@ -194,12 +195,11 @@ def _attend(
         **settings,
     )(q, *pools, page_table, kv_len, plan, *scales, *rotation, *following)
     if not merges:
-        columns = 64 if waves == 1 else head_dim  # few sequences may have many parts each: more blocks then merge them
         out_ref = jax.new_ref(out)  # what is still missing is written in place
         kernel(
             bound(merge_share, interpret=interpret),
-            scratch_types=dict(out_smem=plgpu.SMEM((rows, columns), q.dtype)),
-            grid=(workers, head_dim // columns),
+            scratch_types=dict(out_smem=plgpu.SMEM((rows, MERGED), q.dtype)),
+            grid=(workers, head_dim // MERGED),
             grid_names=("worker", "columns"),
             compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=settings["interpret"],

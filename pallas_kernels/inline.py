@@ -1,4 +1,4 @@
-"""What kernels need to write PTX of their own. Imported late, since Mosaic GPU is not there on every platform."""
+"""What kernels need to write PTX of their own. Mosaic itself is imported late: it is not there on every platform."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import inspect
 from typing import Any
 
 import jaxlib
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP = 128  # threads
+SCALAR: Any = plgpu.Layout.WG_SPLAT
 
 
 def mosaic() -> Any:

@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .compat import await_kernel_before, bound, mosaic_mode
+from .compat import bound, mosaic_mode
+from .early_launch import await_kernel_before
 from .matmul_pairs import split_pairs
 from .matmul_reference import check_matmul, finish
 from .matmul_tiling import DEPTH, ROWS, SMS, TOGETHER, Tiling, check_tiling, choose_tiling, padded

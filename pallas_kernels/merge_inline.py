@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .inline import convergent, dialect, i64, mosaic, offset_of, scalar_of
+from .inline import SCALAR, WARPGROUP, convergent, dialect, i64, mosaic, offset_of, scalar_of
 
-WARPGROUP = 128  # threads
 QUAD = 4  # query heads of a thread: what it loads of a part, and of its log-sum-exps, is 16 bytes each
 # Parts on their way at a time, each in 8 registers of a thread: with more, two blocks would not fit a multiprocessor.
 # With 4, one sequence of 32,768 tokens, whose kv heads have 33 parts each, took 65.7 us instead of 60.2 (H100).
 TOGETHER = 8
 ZERO, NOTHING = "0f00000000", "0fff800000"  # as PTX writes 0 and -inf
-SCALAR: Any = plgpu.Layout.WG_SPLAT
 
 
 def merge_inline(parts: Any, lse: Any, out: Any, owner: jax.Array, others: jax.Array, pair: jax.Array) -> None:
@@ -26,14 +25,14 @@ def merge_inline(parts: Any, lse: Any, out: Any, owner: jax.Array, others: jax.A
     infer, which takes it longer than the whole rest of a kernel.
     """
     head_dim, rows = parts.shape[2:]
-    group = out.shape[2]
+    group, dtype = out.shape[2], "bf16" if out.dtype == jnp.bfloat16 else "f16"
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, *(SCALAR,) * 3))
     def merge(_: Any, parts: Any, lse: Any, out: Any, owner: Any, others: Any, pair: Any) -> None:
         mgpu, llvm = mosaic(), dialect("llvm")
         start = offset_of(mgpu.utils.memref_ptr(out), scalar_of(pair), group * head_dim * 2)
         mgpu.utils.inline_ptx(
-            _ptx(head_dim, rows, group, "bf16" if "bf16" in str(out.type) else "f16"),
+            _ptx(head_dim, rows, group, dtype),
             llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(parts)),
             llvm.ptrtoint(i64(), mgpu.utils.memref_ptr(lse)),
             start,

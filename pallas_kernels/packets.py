@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .inline import dialect, i32, i64, mlir, mosaic, offset_of, scalar_of
+from .inline import SCALAR, WARPGROUP, dialect, i32, i64, mlir, mosaic, offset_of, scalar_of
 from .mailbox import COUNTER_BYTES
 
-WARPGROUP = 128  # threads of a block
 LINE_BYTES = 16  # of two data words and two flags
 # Data words that a thread waits for at once: each wait costs a read of memory, each word a register.
 WORDS_AT_ONCE = 64
-_SCALAR: Any = plgpu.Layout.WG_SPLAT
-_INT = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+_INT = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
 
 
 def layout(num_elements: int, dtype: Any) -> Any:
@@ -38,7 +36,7 @@ def layout(num_elements: int, dtype: Any) -> Any:
 def read_call(mailbox: Any, block: jax.Array) -> jax.Array:
     """Which call of this block this is, int32."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INT)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=_INT)
     def read(_: Any, table: Any, block: Any) -> Any:
         mgpu = mosaic()
         counter = offset_of(_entry(table, -2), scalar_of(block), 4)
@@ -53,7 +51,7 @@ def read_call(mailbox: Any, block: jax.Array) -> jax.Array:
 def end_call(mailbox: Any, block: jax.Array, call: jax.Array) -> None:
     """Count this call of the block."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
     def write(_: Any, table: Any, block: Any, call: Any) -> None:
         mgpu, arith = mosaic(), dialect("arith")
         following = arith.addi(scalar_of(call), mgpu.c(1, i32()))
@@ -71,7 +69,7 @@ def end_call(mailbox: Any, block: jax.Array, call: jax.Array) -> None:
 def send(mailbox: Any, value: jax.Array, devices: Sequence[int], offset: jax.Array, flag: jax.Array) -> None:
     """Write `value` [N] at byte `offset` of this device's slot at each of `devices`."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout(value.size, value.dtype), _SCALAR, _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout(value.size, value.dtype), SCALAR, SCALAR))
     def store(_: Any, table: Any, array: Any, offset: Any, flag: Any) -> None:
         mgpu = mosaic()
         thread = _thread_offset(offset)
@@ -101,7 +99,7 @@ def receive(
     kind = layout(shaped.size, shaped.dtype)
     out = plgpu.ShapeDtypeStruct(shaped.shape, shaped.dtype, layout=kind)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=(out,) * senders)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR), return_type=(out,) * senders)
     def wait(_: Any, table: Any, offset: Any, flag: Any) -> Any:
         thread, here = _thread_offset(offset), _entry(table, -2)
         bases = [_add(here, thread, constant=COUNTER_BYTES + sender * 2 * half_bytes) for sender in range(senders)]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .compat import await_kernel_before
+from .early_launch import await_kernel_before
 from .prefill_mosaic_load import load
 from .prefill_mosaic_ops import Interpreted, TensorCores
 from .prefill_mosaic_share import BLOCK, COLUMNS, PRODUCER, ROWS, Share

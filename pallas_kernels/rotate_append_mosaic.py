@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from .checks import check_append, check_rotation
-from .compat import await_kernel_before, bound, kernel, load, mosaic_mode, placed
+from .compat import bound, kernel, load, mosaic_mode, placed
+from .early_launch import await_kernel_before
 
 LANE = 128  # values that the threads of a block turn at a time: one head, or two of 64
 LAYOUT = plgpu.Layout.WG_STRIDED((LANE,), vec_size=1)

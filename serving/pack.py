@@ -19,7 +19,8 @@ _SLOT, _POSITION = INTS.index("slot"), INTS.index("position")
 class Group:
     """What a schedule's sequences were when it was made: later ticks of a pipeline need it when they have moved on.
 
-    Every `*_place` is (partition, row in the partition's share). Tokens, chunks and samples as in `StepInput`.
+    `sampling` and `num_tokens` are the schedule's, made once for all the steps that repeat it. Every `*_place` is
+    (partition, row in the partition's share). Tokens, chunks and samples as in `StepInput`.
     """
 
     schedule: Schedule

@@ -157,6 +157,7 @@ def _kernels(plan: StepPlan) -> dict[str, Any]:
 
     whole, columns = PartitionSpec(), plan.layout.rules.mlp or None
     split = PartitionSpec(None, columns)
+    # Jitted: traced and lowered once, not once a layer.
     kernels: dict[str, Any] = {
         "fused_swiglu": jax.jit(plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split)),
         "fused_rows": (BATCH_ROWS, PROMPT_ROWS) if ours else (ALL_ROWS,),
