@@ -15,7 +15,7 @@ from .checks import check_prefill
 from .compat import bound, mosaic_mode
 from .prefill_mosaic_body import attend
 from .prefill_mosaic_items import work_items
-from .prefill_mosaic_share import BLOCK, COLUMNS, ROWS, piece_of
+from .prefill_mosaic_share import BLOCK, COLUMNS, ROWS, TILED, piece_of
 
 BLOCKS = 132  # thread blocks: the SMs of an H100 or H200 (SXM); on other chips another number would only be faster
 BUFFER_BYTES = 128 * 1024  # of keys and values on their way, in SMEM
@@ -70,15 +70,14 @@ def prefill_mosaic(
 
     stages = BUFFER_BYTES // (2 * BLOCK * head_dim * q.dtype.itemsize)
     pieces = BLOCK // piece_of(page_size)
-    swizzle = plgpu.SwizzleTransform(128)
-    tiled = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=(plgpu.TilingTransform((8, COLUMNS)), swizzle))
+    tiled = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=TILED)
 
     def viewed_twice(*shape: int) -> Any:
         # Rows of 128 swizzled bytes are the same bytes as tiles of 8 such rows, but only the first may be copied from
         # and to rows of q that are no multiple of 8.
         if interpret:
             return plgpu.SMEM(shape, q.dtype)
-        return plgpu.RefUnion(plgpu.SMEM(shape, q.dtype, transforms=(swizzle,)), tiled(shape))
+        return plgpu.RefUnion(plgpu.SMEM(shape, q.dtype, transforms=TILED[1:]), tiled(shape))
 
     scratch = dict(
         q_smem=viewed_twice(2, 2, head_dim // COLUMNS, ROWS, COLUMNS),

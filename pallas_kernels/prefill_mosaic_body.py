@@ -94,10 +94,10 @@ def attend(
             decay = jnp.exp2(peak - top)
             return weights, top, mass * decay + weights.sum(axis=1), decay
 
-        def store(result: Any, head: Any, row: Any, height: Any) -> None:
+        def send(fill: Any, head: Any, row: Any, height: Any) -> None:
+            """Let `fill` write the output's tiles, and copy those of its rows that are the item's."""
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for c in range(head_dim // COLUMNS):
-                out_tiled[wg, c] = result[:, c * COLUMNS : (c + 1) * COLUMNS]
+            fill()
             plgpu.commit_smem()
             count, to, to_head = height - offset, row + offset, head + (wg if pair else 0)
 
@@ -111,22 +111,22 @@ def attend(
                 lambda: lax.fori_loop(0, jnp.maximum(count, 0), lambda r, _: copy(r, 1), None)
             )
 
+        def store(result: Any) -> None:
+            for c, start in enumerate(range(0, head_dim, COLUMNS)):
+                out_tiled[wg, c] = result[:, start : start + COLUMNS]
+
         def drop_values_past(left: Any, slot: Any) -> None:
             """Zeros for the values after the first `left`: a weight of 0 does not stop a NaN left by others."""
 
             @pl.when(left < BLOCK)
             def _drop() -> None:
-                for start in range(0, BLOCK, ROWS):
-                    part = v_smem.at[slot, pl.ds(start, ROWS)]
-                    values = cores.load(part)
-                    index = cores.iota(values.shape, 0)
-                    part[...] = jnp.where(index < left - start, values, jnp.zeros_like(values))
+                cores.clear(v_smem, slot, left)
                 plgpu.commit_smem()
 
         def first_row(fields: Any) -> Any:
             return fields[4] - fields[3] + offset  # its position in the sequence
 
-        def attend_items(sums: Any) -> None:
+        def attend_items() -> None:
             def await_keys(step: Any) -> None:
                 plgpu.barrier_wait(k_ready.at[slot_of(step)])
 
@@ -150,7 +150,7 @@ def attend(
                 own = first_row(fields)
                 buffer = lax.rem(turn, 2)
 
-                def advance(weights: Any, step: Any, buffer: Any, await_values: bool = True) -> Any:
+                def advance(sums: Any, weights: Any, step: Any, buffer: Any, await_values: bool = True) -> Any:
                     """Scores of the step; meanwhile the weights of the step before meet their values."""
                     slot, previous = slot_of(step), slot_of(step - 1)
 
@@ -166,47 +166,54 @@ def attend(
                     return scores
 
                 def attend_block(step: Any, state: Any, masked: bool) -> Any:
-                    weights, peak, mass = state
-                    scores = advance(weights, done + step, buffer)
-                    fresh = weigh(scores, own - step * BLOCK if masked else None, peak, mass)
-                    weights, peak, mass, decay = lax.optimization_barrier(fresh)
-                    # Also keeps the wait for the values' product behind the softmax that should overlap it.
-                    await_keys(done + step + 1)
-                    so_far = cores.read(sums, 0)
-                    plgpu.barrier_arrive(v_free.at[slot_of(done + step - 1)])
-                    sums[...] = cores.rescale(so_far, decay)
-                    return weights.astype(dtype), peak, mass
+                    def overlap(sums: Any, weights: Any, peak: Any, mass: Any, _: Any) -> Any:
+                        scores = advance(sums, weights, done + step, buffer)
+                        fresh = weigh(scores, own - step * BLOCK if masked else None, peak, mass)
+                        weights, peak, mass, decay = lax.optimization_barrier(fresh)
+                        # Also keeps the wait for the values' product behind the softmax that should overlap it.
+                        await_keys(done + step + 1)
+                        so_far = cores.read(sums, 0)
+                        plgpu.barrier_arrive(v_free.at[slot_of(done + step - 1)])
+                        return weights.astype(dtype), peak, mass, cores.rescale(so_far, decay)
+
+                    return cores.resumed(overlap, state, sums_ref)
 
                 full = jnp.clip(lax.div(own + 1, BLOCK), 1, steps)  # steps that every row sees all of
-                state = lax.fori_loop(1, full, functools.partial(attend_block, masked=False), tuple(state))
-                weights, _, mass = lax.fori_loop(full, steps, functools.partial(attend_block, masked=True), state)
+                state = (*state, cores.zeros((ROWS, head_dim), jnp.float32))
+                state = lax.fori_loop(1, full, functools.partial(attend_block, masked=False), state)
+                state = lax.fori_loop(full, steps, functools.partial(attend_block, masked=True), state)
+                mass = state[2]
 
                 end = done + steps
                 plgpu.barrier_arrive(q_free.at[buffer])
                 plgpu.barrier_wait(q_ready.at[2 * (1 - buffer) + wg])
                 plgpu.barrier_wait(v_ready.at[slot_of(end - 1)])
                 drop_values_past(limit - (steps - 1) * BLOCK, slot_of(end - 1))
-                scores = advance(weights, end, 1 - buffer, await_values=False)
-                fresh = weigh(scores, first_row(following), None, None)
-                weights, peak, fresh_mass, _ = lax.optimization_barrier(fresh)
-                pl.when(turn + 1 < live)(lambda: await_keys(end + 1))
-                result = cores.read(sums, 0)
-                plgpu.barrier_arrive(v_free.at[slot_of(end - 1)])
+
+                def overlap_next(sums: Any, weights: Any, *_: Any) -> Any:
+                    scores = advance(sums, weights, end, 1 - buffer, await_values=False)
+                    fresh = weigh(scores, first_row(following), None, None)
+                    weights, peak, mass, _ = lax.optimization_barrier(fresh)
+                    pl.when(turn + 1 < live)(lambda: await_keys(end + 1))
+                    result = cores.read(sums, 0)
+                    plgpu.barrier_arrive(v_free.at[slot_of(end - 1)])
+                    return weights.astype(dtype), peak, mass, result
+
+                *state, result = cores.resumed(overlap_next, state, sums_ref)
                 result = result * lax.broadcast_in_dim(1 / mass, result.shape, [0])
-                store(result.astype(dtype), head, row, height)
-                sums[...] = cores.zeros((ROWS, head_dim), jnp.float32)
-                return end, following, weights.astype(dtype), peak, fresh_mass
+                send(lambda: store(result.astype(dtype)), head, row, height)
+                return end, following, *state
 
             state = (jnp.int32(0), start, weights.astype(dtype), peak, mass)
             lax.fori_loop(0, live, attend_item, state)
 
-        pl.when(live > 0)(lambda: cores.scoped(attend_items, (ROWS, head_dim), sums_ref))
+        pl.when(live > 0)(attend_items)
 
         everything = share.total_with_gaps
 
         def clear_item(turn: Any, _: Any) -> None:
             head, _, row, height, _, _ = share.item(turn, everything)
-            store(cores.zeros((ROWS, head_dim), dtype), head, row, height)
+            send(lambda: cores.clear(out_tiled, wg, 0), head, row, height)
 
         lax.fori_loop(live, share.turns(everything), clear_item, None)
         plgpu.wait_smem_to_gmem(0)

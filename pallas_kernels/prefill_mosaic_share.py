@@ -8,10 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of q that a warpgroup multiplies at a time
 BLOCK = 128  # tokens a step
 COLUMNS = 64  # of head_dim in one swizzled copy
+TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))  # how products find 16-bit numbers in SMEM
 PRODUCER = 2  # the warpgroup that loads; 0 and 1 multiply
 
 
