@@ -3,6 +3,7 @@ options of XLA's.
 
     python benchmarks/step_program.py --mesh tensor=2
     python benchmarks/step_program.py --products xla mosaic --xla "" xla_gpu_enable_split_k_autotuning=false
+    python benchmarks/step_program.py --products mosaic --add-norm xla mosaic
     python benchmarks/step_program.py --model smollm2-135m --mesh tensor=3 --batch-sizes 1 --all-reduce xla reference
 
 Dummy weights; every sequence stays at position --context - 1. The first steps generate, to compare their tokens with
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=201)
     parser.add_argument("--all-reduce", nargs="+", help="default: xla, and mosaic over several devices")
     parser.add_argument("--products", nargs="+", default=["auto"])
+    parser.add_argument("--add-norm", nargs="+", default=["xla"])
     parser.add_argument("--xla", nargs="+", default=[""], metavar="NAME=VALUE,..", help="sets of XLA options")
     parser.add_argument("--repetitions", type=int, default=40)
     args = parser.parse_args(argv)
@@ -55,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_seqs": slots, "max_num_batched_tokens": 8 * slots}
     reductions = args.all_reduce or (["xla", "mosaic"] if mesh.num_devices > 1 else ["xla"])
     params, rows = load(Path(), model, layout, dtype, "dummy", seed=0), []
-    for reduction, products in itertools.product(reductions, args.products):
-        entries = {"all_reduce": reduction, "products": products}
+    for reduction, products, norm in itertools.product(reductions, args.products, args.add_norm):
+        entries = {"all_reduce": reduction, "products": products, "add_norm": norm}
         plan, buckets = plan_steps(model, layout, dtype=dtype, max_model_len=args.context, **entries, **sizes)
         programs = Programs(plan, buckets, slots * plan.pages_per_seq + 1)
         boxes = Mailboxes.open(layout.mesh, reduction_axes(layout)) if plan.has_mailboxes else None

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from .add_norm_reference import check_add_norm
 from .compat import bound, mosaic_mode
+from .early_launch import await_kernel_before, launch_kernel_after
 
 LANES = 128  # threads of a warpgroup: a row is spread over them evenly
 MAX_COLUMNS = 16384  # of a row that fits the registers of a warpgroup
@@ -43,7 +44,7 @@ def add_norm_mosaic(
     check_add_norm_mosaic(residual.shape[1])
     shaped = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
     total, normed = plgpu.kernel(
-        bound(_add_norm_row, eps=eps),
+        bound(_add_norm_row, eps=eps, interpret=interpret),
         out_type=(shaped, shaped),
         grid=(residual.shape[0],),
         grid_names=("row",),
@@ -53,8 +54,12 @@ def add_norm_mosaic(
     return total, normed
 
 
-def _add_norm_row(parts: Any, residual: Any, scale: Any, total_ref: Any, normed_ref: Any, *, eps: float) -> None:
+def _add_norm_row(
+    parts: Any, residual: Any, scale: Any, total_ref: Any, normed_ref: Any, *, eps: float, interpret: bool
+) -> None:
     """Kernel body, one row. parts [S, R, D]; residual, total_ref, normed_ref [M, D]; scale [D]."""
+    launch_kernel_after(interpret)
+    await_kernel_before(interpret)
     row = lax.axis_index("row")
     total = residual[row].astype(jnp.float32)
     for part in range(parts.shape[0]):

@@ -18,7 +18,7 @@ from .decode_fetch import fetch, pages_of
 from .decode_merge import LAYOUT, along_rows, store_output
 from .decode_new import attend_new, turn_and_append
 from .decode_plan import TILE_TOKENS, sharers, tiles_of, walk
-from .early_launch import await_kernel_before
+from .early_launch import await_kernel_before, launch_kernel_after
 from .merge_inline import merge_inline
 from .prefetch import prefetch
 
@@ -53,6 +53,7 @@ def attend(
     gmem.scales, gmem.rotation = (inputs, []) if rotated else ([], inputs)
     gmem.out, gmem.parts, gmem.lse = out_ref, parts_ref, lse_ref
     smem = SimpleNamespace(**scratch)
+    launch_kernel_after(interpret)
     await_kernel_before(interpret)
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup == 0)(functools.partial(_compute, gmem, smem, scale, merges))

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .compat import load, placed, store_transposed
 from .decode_plan import tiles_of
-from .early_launch import await_kernel_before
+from .early_launch import await_kernel_before, launch_kernel_after
 
 LAYOUT = plgpu.Layout.WGMMA
 LOADED = 8192  # float32 values on their way at a time: 64 registers of each thread
@@ -73,6 +73,7 @@ def merge_share(
 ) -> None:
     """Kernel body: where a worker's share ends inside a (sequence, kv head), `merge_parts`. out_ref [B, K, G, h];
     out_smem [rows, h or a part of it]."""
+    launch_kernel_after(interpret)
     await_kernel_before(interpret)
     worker = lax.axis_index("worker")
     columns = pl.ds(lax.axis_index("columns") * out_smem.shape[1], out_smem.shape[1])

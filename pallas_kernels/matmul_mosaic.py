@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from .compat import bound, mosaic_mode
-from .early_launch import await_kernel_before
+from .early_launch import await_kernel_before, launch_kernel_after
 from .matmul_pairs import split_pairs
 from .matmul_reference import check_matmul, finish
 from .matmul_tiling import DEPTH, ROWS, SMS, TOGETHER, Tiling, check_tiling, choose_tiling, padded
@@ -65,13 +65,15 @@ def multiply(
     w: Float[Array, "_ N"],
     *,
     swiglu: bool = False,
+    summed: bool = False,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> Float[Array, "S R _"]:
-    """The product as S parts to be added up, float32 and without the epilogue if S > 1; rows past M are undefined."""
+    """The product as S parts to be added up, float32 and without the epilogue if S > 1; rows past M are undefined.
+    `summed`: see `choose_tiling`."""
     (num_rows, depth), num_columns = x.shape, w.shape[1]
     check_matmul_mosaic(x.dtype, num_rows, depth, num_columns)
-    tiling = tiling or choose_tiling(num_rows, depth, num_columns, swiglu=swiglu)
+    tiling = tiling or choose_tiling(num_rows, depth, num_columns, swiglu=swiglu, summed=summed)
     check_tiling(tiling, num_rows, depth, num_columns)
     swiglu = swiglu and tiling.split == 1
     dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else x.dtype
@@ -136,7 +138,7 @@ def _walk(
     interpret: bool,
 ) -> None:
     """Kernel body. x_ref [rows, K]; w_ref [K, N]; out_ref [split, rows, N or N/2]."""
-    await_kernel_before(interpret)
+    launch_kernel_after(interpret)
     warpgroup, worker, workers = lax.axis_index("warpgroup"), lax.axis_index("worker"), lax.axis_size("worker")
     half = lax.axis_index("half") * tiling.rows if tiling.pair else worker * 0
     steps = x_ref.shape[1] // DEPTH // tiling.split
@@ -149,6 +151,7 @@ def _walk(
         band.before, units = total, band.tiles * tiling.split * down
         band.mine = lax.div(units - worker + workers - 1, workers)
         total = total + band.mine * steps
+    ahead = jnp.minimum(bands[0].mine, 1) * min(steps, tiling.stages)  # steps whose weights are fetched first
 
     def tile_of(band: _Band, unit: Any) -> tuple[Any, Any, Any]:
         """(first row, column of tiles, part of K) of this worker's next tile: neighbours read the same columns of w, or
@@ -160,21 +163,25 @@ def _walk(
         inside, rows = lax.rem(place, band.tiles * group), jnp.minimum(down - first, group)
         return half + (first + lax.rem(inside, rows)) * height, lax.div(inside, rows), 0
 
+    def copy_weights(band: _Band, unit: Any, step: Any) -> None:
+        _, column, part = tile_of(band, unit)
+        slot, depth = lax.rem(band.before + unit * steps + step, tiling.stages), (part * steps + step) * DEPTH
+        source = w_ref.at[pl.ds(depth, DEPTH), pl.ds(band.first + column * band.columns, band.columns)]
+        both: dict[str, Any] = {"collective_axes": "half"} if tiling.pair else {}
+        plgpu.copy_gmem_to_smem(source, band.ring.at[slot], full.at[slot], **both)
+
     def load_band(band: _Band) -> None:
         @pl.loop(0, band.mine)
         def _tile_by_tile(unit: Any) -> None:
-            row, column, part = tile_of(band, unit)
-            columns = pl.ds(band.first + column * band.columns, band.columns)
+            row, _, part = tile_of(band, unit)
 
             @pl.loop(0, steps)
             def _step_by_step(step: Any) -> None:
                 done = band.before + unit * steps + step
                 slot = lax.rem(done, tiling.stages)
                 pl.when(done >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                depth = pl.ds((part * steps + step) * DEPTH, DEPTH)
-                both: dict[str, Any] = {"collective_axes": "half"} if tiling.pair else {}
-                plgpu.copy_gmem_to_smem(w_ref.at[depth, columns], band.ring.at[slot], full.at[slot], **both)
-                rows = x_ref.at[pl.ds(row, copied), depth]
+                pl.when(done >= ahead)(lambda: copy_weights(band, unit, step))
+                rows = x_ref.at[pl.ds(row, copied), pl.ds((part * steps + step) * DEPTH, DEPTH)]
                 plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, pl.ds(0, copied)], full.at[slot])
 
     def release(done: Any) -> None:
@@ -219,6 +226,9 @@ def _walk(
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _load() -> None:
+        # Weights do not wait for whoever makes the rows.
+        pl.loop(0, ahead)(lambda step: copy_weights(bands[0], worker * 0, step))
+        await_kernel_before(interpret)
         for band in bands:
             load_band(band)
 

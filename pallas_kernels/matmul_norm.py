@@ -42,5 +42,5 @@ def matmul_add_norm_mosaic(
     check_matmul(x, w, "none", residual)
     check_add_norm(residual[None], residual, scale)
     check_add_norm_mosaic(w.shape[1])
-    parts = multiply(x, w, tiling=tiling, interpret=interpret)
+    parts = multiply(x, w, summed=True, tiling=tiling, interpret=interpret)
     return add_norm_mosaic(parts, residual, scale, eps=eps, interpret=interpret)

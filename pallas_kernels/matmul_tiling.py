@@ -52,8 +52,8 @@ class Tiling:
         return [(0, self.columns, wide), (wide * self.columns, columns, count)][: 2 if count else 1]
 
 
-def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
-    """The fastest tiling for x [m, k] times w [k, n], by `microseconds`.
+def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False, summed: bool = False) -> Tiling:
+    """The fastest tiling for x [m, k] times w [k, n], by `microseconds`; `summed`: what follows adds parts up anyway.
 
     Raises ValueError naming what does not divide, and for no rows.
     """
@@ -66,10 +66,10 @@ def choose_tiling(m: int, k: int, n: int, *, swiglu: bool = False) -> Tiling:
     tilings = _tilings(m, swiglu)
     fitting = [t for t in tilings if n % t.columns == 0 and k % (DEPTH * t.split) == 0]
     narrowed = [t for tiling in tilings if tiling.split == 1 for t in _narrowed(tiling, k, n)]
-    return min([*fitting, *narrowed], key=lambda tiling: microseconds(tiling, m, k, n))
+    return min([*fitting, *narrowed], key=lambda tiling: microseconds(tiling, m, k, n, summed=summed))
 
 
-def microseconds(tiling: Tiling, m: int, k: int, n: int) -> float:
+def microseconds(tiling: Tiling, m: int, k: int, n: int, *, summed: bool = False) -> float:
     """What the product would take: the slower of memory and the busiest multiprocessor, and what splitting adds."""
     steps, busiest, total, most = k // DEPTH // tiling.split, 0.0, 0.0, 0
     for _, columns, tiles in tiling.bands(n):
@@ -82,7 +82,7 @@ def microseconds(tiling: Tiling, m: int, k: int, n: int) -> float:
     total += max(2 * k * n / min(HBM, min(most, SMS) * HBM_EACH), busiest)
     if tiling.split > 1:
         parts = 4 * tiling.split * padded(m) * n
-        total += parts / WRITE + parts / READ + KERNEL
+        total += parts / WRITE + parts / READ + (0 if summed else KERNEL)
     return total
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .early_launch import await_kernel_before
+from .early_launch import await_kernel_before, launch_kernel_after
 from .prefill_mosaic_load import load
 from .prefill_mosaic_ops import Interpreted, TensorCores
 from .prefill_mosaic_share import BLOCK, COLUMNS, PRODUCER, ROWS, Share
@@ -45,6 +45,7 @@ def attend(
     interpret: bool,
 ) -> None:
     """Kernel body. q_ref, out_ref [T, H, h]; k_ref, v_ref [P, K, p, h]; table_ref [C, N]; items_ref [5, M]."""
+    launch_kernel_after(interpret)
     await_kernel_before(interpret)
     heads, head_dim = q_ref.shape[1:]
     stages, dtype = k_smem.shape[0], k_smem.dtype

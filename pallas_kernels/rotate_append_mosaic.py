@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from .checks import check_append, check_rotation
 from .compat import bound, kernel, load, mosaic_mode, placed
-from .early_launch import await_kernel_before
+from .early_launch import await_kernel_before, launch_kernel_after
 
 LANE = 128  # values that the threads of a block turn at a time: one head, or two of 64
 LAYOUT = plgpu.Layout.WG_STRIDED((LANE,), vec_size=1)
@@ -85,6 +85,7 @@ def _turn_token(
     interpret: bool,
 ) -> None:
     """Kernel body: fetched and turned [rows, h], the queries before the keys; values [K, h]."""
+    launch_kernel_after(interpret)
     await_kernel_before(interpret)
     token = lax.axis_index("token")
     kv_heads, vectors, head_dim = qkv_ref.shape[1:]

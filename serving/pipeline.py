@@ -18,7 +18,7 @@ from .kv_cache import KVCache
 from .paged_attention import PagedAttention
 from .step_input import PackedLayout, StepInput
 from .step_plan import StepPlan
-from .step_products import COMPILER, products_of
+from .step_products import COMPILER, is_chained, products_of
 
 Params = dict[str, jax.Array]
 LAYERS = "layers."
@@ -42,7 +42,7 @@ def run_layers(
     layers = {name: value for name, value in params.items() if name.startswith(LAYERS)}
     if between_stages is None:
         inputs = packing.unpack(packed)
-        attend = PagedAttention(plan, cache, inputs, page_table, _following(plan, layers))
+        attend = PagedAttention(plan, cache, inputs, page_table, _following(plan, layers, x.shape[0]))
         stack = LayerStack(plan.config, layers, plan.layout, products_of(plan, params, x.shape[0]))
         late = plan.finishes_read_rows and packing.bucket.chunk_tokens > 0
         x = stack(x, attend.position, attend, last_mlp=not late)
@@ -96,9 +96,10 @@ def finish_rows(plan: StepPlan, params: Params, x: Float[Array, "R D"]) -> Float
     return LayerStack(plan.config, layers, plan.layout).finish(x)
 
 
-def _following(plan: StepPlan, layers: Params) -> list[jax.Array]:
-    """Each layer's weight after attention [H*h, D], where a device multiplies by just what it holds of it."""
-    if plan.layout.mesh.size > 1 and plan.all_reduce == COMPILER:
+def _following(plan: StepPlan, layers: Params, num_rows: int) -> list[jax.Array]:
+    """Each layer's weight after attention [H*h, D], where a device multiplies by just what it holds of it and the
+    product does not begin to fetch it itself."""
+    if (plan.layout.mesh.size > 1 and plan.all_reduce == COMPILER) or is_chained(plan, num_rows):
         return []
     weights = [layers[f"{LAYERS}{i}.out"] for i in range(plan.config.num_layers)]
     return [weight.reshape(-1, weight.shape[-1]) for weight in weights]

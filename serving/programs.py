@@ -22,7 +22,7 @@ from .sampler import Sampled
 from .step import bind, edit_bias, resample, score_rows, step
 from .step_input import PackedLayout
 from .step_plan import StepOutput, StepPlan, StepState
-from .step_products import MAILBOXES
+from .step_products import MAILBOXES, is_chained
 
 # From so many rows on XLA's products come from cuBLAS alone. Fewer rows stream weights faster through its Triton
 # kernels (H100, a layer of the 8B shape: 166 against 180 us at 1 row, 175 and 174 at 32, 239 against 229 at 256), each
@@ -33,8 +33,9 @@ CUBLAS_ROWS = 32
 # 8.42 and 8.39 for a chunk of 256), and whose kernels, and with them roundings, may differ from start to start.
 GPU_OPTIONS: Mapping[str, Any] = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 # A graph starts when all of it has been updated, kernels without one as soon as the first is launched; and those of a
-# chunk run for longer than launching the next ones takes. 1.3 ms less to the first token after 128 (H100).
-CHUNK_OPTIONS: Mapping[str, Any] = {"xla_gpu_enable_command_buffer": ""}
+# chunk run for longer than launching the next ones takes. 1.3 ms less to the first token after 128 (H100). In a graph
+# no kernel of ours starts while the one before it ends.
+NO_GRAPH_OPTIONS: Mapping[str, Any] = {"xla_gpu_enable_command_buffer": ""}
 # Rows per call of the head for prompt_logprobs, and bias entries per call of `edit_bias`.
 SCORE_ROWS = 32
 BIAS_ENTRIES = 512
@@ -114,8 +115,8 @@ class Programs:
         options = dict(self._options)
         if options and bucket.decodes + bucket.chunk_tokens >= CUBLAS_ROWS:
             options["xla_gpu_enable_triton_gemm"] = False
-        if options and bucket.chunk_tokens:
-            options |= CHUNK_OPTIONS
+        if options and (bucket.chunk_tokens or is_chained(self.plan, bucket.decodes)):
+            options |= NO_GRAPH_OPTIONS
         return Job(functools.partial(self.lower, bucket), options, exportable=True)
 
     def compile_allocate(self) -> jax.stages.Compiled:

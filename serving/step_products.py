@@ -8,12 +8,13 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from paddock.model import LlamaConfig, NormedProducts, Products, Reduction, reduction_axes
+from paddock.model import ChainedProducts, LlamaConfig, NormedProducts, Products, Reduction, reduction_axes
 from paddock.pallas_kernels import (
     ADD_NORM,
     ALL_REDUCE,
     ALL_REDUCE_ADD_NORM,
     MATMUL,
+    MATMUL_ADD_NORM,
     MailboxShape,
     check_add_norm_mosaic,
     check_all_reduce_mosaic,
@@ -35,6 +36,8 @@ MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
 # Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those of a batch and, with SwiGLU in
 # them, of prompts, where rows that fill no whole tiles would be copied; and any number that a step may have.
 BATCH_ROWS, PROMPT_ROWS, ALL_ROWS = range(32, 257), range(256, 2**20, 256), range(1, 2**20)
+# Where products and norms are both ours all of them are, in steps of so many rows.
+CHAINED_ROWS = range(1, 257)
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
@@ -120,9 +123,18 @@ def check_hopper(device: Any) -> None:
     mosaic_mode(False)
 
 
+def is_chained(plan: StepPlan, num_rows: int) -> bool:
+    """Whether all of a layer's kernels are ours in steps of so many rows, each launched while the one before ends."""
+    return plan.products == plan.add_norm != COMPILER and num_rows in CHAINED_ROWS
+
+
 def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> Products:
     """For steps of so many rows. Messages that mailboxes are too small for are the compiler's, too."""
     kernels = _kernels(plan)
+    if is_chained(plan, num_rows):
+        kernels["fused_rows"] = (*kernels["fused_rows"], CHAINED_ROWS)
+        table = {"multiply": MATMUL[plan.products], "multiply_add_norm": MATMUL_ADD_NORM[plan.add_norm]}
+        return ChainedProducts(**table, **kernels)
     if plan.add_norm != COMPILER:
         return NormedProducts(add_norm=ADD_NORM[plan.add_norm], **kernels)
     if plan.all_reduce == COMPILER:

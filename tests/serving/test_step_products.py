@@ -71,6 +71,14 @@ def test_explicit_products_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch,
         assert_same(run(resolved, pages=1000, full=True), alone)
 
 
+def test_chained_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
+    """All of a layer's products, sums and norms by one table's entries; what kernels compute is the reference's."""
+    for mesh in ("", "pipe=2"):
+        resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference", add_norm="reference")
+        assert step_products.is_chained(resolved.plan, NUM_SLOTS)
+        assert_same(run(resolved, pages=1000, full=True), alone)
+
+
 @dataclasses.dataclass(frozen=True)
 class Card:
     """A device that is not there."""
