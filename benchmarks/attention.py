@@ -1,11 +1,12 @@
 """Paged decode attention on one GPU: GB/s of keys and values read, and the share of the copy bandwidth that is.
 
-    python benchmarks/attention.py [--cases 64x2048,1x32768] [--page-size 64] [--rivals shipped,cudnn,fa3]
+    python benchmarks/attention.py [--cases 64x2048,1x32768] [--page-size 64] [--rivals stream,shipped,cudnn,fa3]
 
-Beside ours: the op shipped in JAX (its best of a few tunings), cuDNN's paged attention through JAX, and
-FlashAttention-3 as vLLM calls it, each where it can be called here; why one cannot is printed. Every case runs many
-calls in one program, each on the output of the one before, and the calls take turns over page tables that together
-cover far more memory than the L2 cache holds. Ours includes its work list, which such a program computes once.
+Beside ours, in a graph: ours without one, each kernel launched while the one before ends; the op shipped in JAX (its
+best of a few tunings), cuDNN's paged attention through JAX, and FlashAttention-3 as vLLM calls it, each where it can be
+called here; why one cannot is printed. Every case runs many calls in one program, each on the output of the one before,
+and the calls take turns over page tables that together cover far more memory than the L2 cache holds. Ours includes its
+work list, which such a program computes once.
 The last line is JSON.
 """
 
@@ -88,10 +89,13 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / seconds_per_call(lambda: copy(x), jax.block_until_ready, 1) / 1e9
 
 
-def time_chain(case: Case, pool_shape: tuple[int, ...], attend: Callable[..., jax.Array]) -> float:
+def time_chain(
+    case: Case, pool_shape: tuple[int, ...], attend: Callable[..., jax.Array], options: dict[str, Any] | None = None
+) -> float:
     """Seconds a call of attend(q [B, H, h], k_pages, v_pages, page_table [B, N], kv_len [B]) -> like q.
 
-    Each page table is an array of its own: a slice of one would be a kernel between two calls, that no engine has.
+    `options` are XLA's. Each page table is an array of its own: a slice of one would be a kernel between two calls,
+    that no engine has.
     """
 
     @jax.jit
@@ -104,7 +108,7 @@ def time_chain(case: Case, pool_shape: tuple[int, ...], attend: Callable[..., ja
     q = jnp.ones((case.batch, case.heads, case.head_dim), jnp.bfloat16)
     kv_len = jnp.full((case.batch,), case.tokens, jnp.int32)
     arguments = q, fill(jax.random.key(0)), fill(jax.random.key(1)), [*map(jnp.asarray, case.tables())], kv_len
-    compiled = program.lower(*arguments).compile()
+    compiled = program.lower(*arguments).compile(options)
     return seconds_per_call(lambda: compiled(*arguments), jax.block_until_ready, CALLS)
 
 
@@ -112,10 +116,15 @@ def pool(case: Case) -> tuple[int, ...]:
     return case.turns * case.batch * case.pages, case.kv_heads, case.page_size, case.head_dim
 
 
-def paddock(case: Case) -> float:
+def paddock(case: Case, options: dict[str, Any] | None = None) -> float:
     from paddock.pallas_kernels import DECODE_ATTENTION
 
-    return time_chain(case, pool(case), lambda *args: DECODE_ATTENTION["mosaic"](*args, scale=case.scale))
+    return time_chain(case, pool(case), lambda *args: DECODE_ATTENTION["mosaic"](*args, scale=case.scale), options)
+
+
+def stream(case: Case) -> float:
+    """Ours where each kernel is launched while the one before ends, instead of in a graph."""
+    return paddock(case, {"xla_gpu_enable_command_buffer": ""})
 
 
 def shipped(case: Case) -> float:
@@ -178,7 +187,7 @@ def fa3(case: Case) -> float:
     return seconds_per_call(graph.replay, lambda _: torch.cuda.synchronize(), CALLS)
 
 
-RIVALS = {"shipped": shipped, "cudnn": cudnn, "fa3": fa3}
+RIVALS = {"stream": stream, "shipped": shipped, "cudnn": cudnn, "fa3": fa3}
 
 
 def measurements(cases: list[Case], rivals: list[str], copy: float) -> Iterator[dict[str, Any]]:
