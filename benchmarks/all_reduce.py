@@ -42,7 +42,7 @@ def programs(mesh: Mesh, name: str, calls: int, width: int) -> dict[str, Callabl
     def reduce_norm(x: jax.Array, mailboxes: jax.Array) -> jax.Array:
         residual, scale, box = x, jnp.ones(width, x.dtype), mailboxes[0]
         for _ in range(calls):
-            residual, x = ALL_REDUCE_ADD_NORM[name](x, residual, scale, eps=1e-5, axis_name=AXIS, mailbox=box)
+            residual, x = ALL_REDUCE_ADD_NORM[name](x[None], residual, scale, eps=1e-5, axis_name=AXIS, mailbox=box)
         return x
 
     own = PartitionSpec(AXIS)

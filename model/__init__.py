@@ -1,6 +1,5 @@
 """What a Llama computes."""
 
-from .chained_products import ChainedProducts
 from .config import LlamaConfig, RopeConfig
 from .llama import LayerStack, Llama, forward
 from .normed_products import NormedProducts
@@ -10,7 +9,6 @@ from .reduction import Reduction, reduction_axes
 from .stages import Stages, placements, slot_specs, stack_stages
 
 __all__ = [
-    "ChainedProducts",
     "Dims",
     "LayerStack",
     "Llama",

@@ -1,4 +1,4 @@
-"""Products by the compiler, and after them a kernel that adds to the residual stream and norms the sum."""
+"""After the products a kernel that adds to the residual stream and norms the sum."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class NormedProducts(Products):
         bias: jax.Array | None,
         norm: Norm | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        if norm is None:
+        if norm is None or bias is not None:
             return super().leave(placed, x, hidden, weight, bias, norm)
         scale, eps = norm
-        out = hidden @ weight if bias is None else hidden @ weight + bias[None]
+        parts = self.parts(hidden, weight)
         with jax.named_scope("norm"):
-            return self.add_norm(out[None], x, scale, eps=eps)
+            return self.add_norm(parts, x, scale, eps=eps)

@@ -27,11 +27,15 @@ def project(x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
 class Products:
     """The compiler's: it fuses what it can, and puts in the sums over devices where the layout needs them.
 
+    `multiply`, of rows and a weight of more axes, is in the place of `project`, and `multiply_parts`, of a device's own
+    hidden rows [T, E] and weight [E, D], gives parts [S, R, D] of what a subclass sums.
     Where there is no bias `fused_swiglu` computes `swiglu` for as many rows as are in `fused_rows`, and `added`, of
     hidden rows, weight and residual stream, ends a block for as many as are in `added_rows`, if the weight is deeper
     than wide.
     """
 
+    multiply: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    multiply_parts: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fused_swiglu: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fused_rows: tuple[range, ...] = ()
     added: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
@@ -39,7 +43,11 @@ class Products:
 
     def project(self, x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
         """See `project`."""
-        return project(x, weight)
+        return (self.multiply or project)(x, weight)
+
+    def parts(self, hidden: Float[Array, "T E"], weight: Float[Array, "E D"]) -> Float[Array, "S R D"]:
+        """Their product, in S parts to be added up, of R rows, the first T of which count."""
+        return (hidden @ weight)[None] if self.multiply_parts is None else self.multiply_parts(hidden, weight)
 
     def swiglu(
         self, x: Float[Array, "T D"], gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None

@@ -58,7 +58,7 @@ class Reduction(Products):
             x: jax.Array, hidden: jax.Array, weight: jax.Array, box: jax.Array | None, scale: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
             common = {"axis_name": self.axes, "mailbox": _own(box)}
-            return self.all_reduce_add_norm(hidden @ weight, x, scale, eps=eps, **common)
+            return self.all_reduce_add_norm(self.parts(hidden, weight), x, scale, eps=eps, **common)
 
         whole = PartitionSpec()
         mapped = self.layout.shard_map(local, (whole, *self._split, whole), (whole, whole))

@@ -10,7 +10,7 @@ from .compat import mosaic_mode
 from .decode_mosaic import check_mosaic
 from .mailbox import MailboxShape
 from .matmul_mosaic import check_matmul_mosaic
-from .matmul_tables import ADD_NORM, MATMUL, MATMUL_ADD_NORM
+from .matmul_tables import ADD_NORM, MATMUL, MATMUL_PARTS
 from .prefill_mosaic import check_prefill_mosaic
 from .rotation import apply_rope, split_rotated
 
@@ -21,7 +21,7 @@ __all__ = [
     "DECODE_APPEND",
     "DECODE_ATTENTION",
     "MATMUL",
-    "MATMUL_ADD_NORM",
+    "MATMUL_PARTS",
     "PREFILL_ATTENTION",
     "ROTATE_APPEND",
     "MailboxShape",

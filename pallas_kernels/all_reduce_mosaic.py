@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from . import packets
-from .all_reduce_reference import check_add_norm, check_all_reduce
+from .all_reduce_reference import check_all_reduce, check_reduce_add_norm
 from .compat import load, mosaic_mode
+from .early_launch import await_kernel_before, launch_kernel_after
 from .inline import WARPGROUP
 from .mailbox import BLOCKS, MailboxShape
 
@@ -41,13 +42,14 @@ def all_reduce_mosaic(
     # As many blocks as possible: their rows need not be the message's.
     even = WARPGROUP * 16 // partial.dtype.itemsize * (mailbox.shape[0] - 2 if two_shot else 1)
     width = even if partial.size % even == 0 else partial.shape[1]
-    [out] = _call(_store, partial.reshape(-1, width), (), 1, mailbox, two_shot)
+    wire = jax.ShapeDtypeStruct((partial.size // width, width), partial.dtype)
+    [out] = _call(_store, partial.reshape(1, *wire.shape), wire, (), 1, mailbox, two_shot)
     return out.reshape(partial.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("axis_name", "eps", "two_shot"))
 def all_reduce_add_norm_mosaic(
-    partial: Num[Array, "T D"],
+    parts: Num[Array, "S R D"],
     residual: Array,
     scale: Array,
     *,
@@ -57,9 +59,10 @@ def all_reduce_add_norm_mosaic(
     two_shot: bool | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """As `all_reduce_add_norm_reference`, in one kernel; see `all_reduce_mosaic`."""
-    check_add_norm(partial, residual, scale, mailbox, axis_name)
+    check_reduce_add_norm(parts, residual, scale, mailbox, axis_name)
     finish = functools.partial(_add_norm, eps=eps)
-    total, normed = _call(finish, partial, (residual, scale), 2, mailbox, two_shot)
+    wire = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    total, normed = _call(finish, parts, wire, (residual, scale), 2, mailbox, two_shot)
     return total, normed
 
 
@@ -91,20 +94,29 @@ def _add_norm(row: Any, pieces: list[tuple[Any, jax.Array]], inputs: Any, outs: 
 
 
 def _call(
-    finish: Finish, partial: jax.Array, others: tuple[jax.Array, ...], outputs: int, mailbox: jax.Array, two_shot: Any
+    finish: Finish,
+    parts: jax.Array,
+    summed: jax.ShapeDtypeStruct,
+    others: tuple[jax.Array, ...],
+    outputs: int,
+    mailbox: jax.Array,
+    two_shot: Any,
 ) -> tuple[jax.Array, ...]:
-    """Run the kernel: a thread block takes rows alone, from sending them to `finish`."""
-    devices, (num_rows, width) = mailbox.shape[0] - 2, partial.shape
+    """Run the kernel: a thread block takes rows alone, from sending the sums of their parts [S, R, W], as they are
+    `summed` [T, W], to `finish`."""
+    devices, (num_rows, width), dtype = mailbox.shape[0] - 2, summed.shape, summed.dtype
     rows_each = -(-num_rows // BLOCKS)
     blocks = -(-num_rows // rows_each)
-    shape, wire = MailboxShape(devices), 2 * width * partial.dtype.itemsize
+    shape, wire = MailboxShape(devices), 2 * width * dtype.itemsize
     if num_rows > (most := shape.max_rows(wire // 2)):
-        raise ValueError(f"all_reduce mosaic takes at most {most} rows of {width} {partial.dtype}: got {num_rows}")
-    two_shot = _two_shot(partial, mailbox, two_shot)
-    check_all_reduce_mosaic(width, devices if two_shot else 1, partial.dtype)
+        raise ValueError(f"all_reduce mosaic takes at most {most} rows of {width} {dtype}: got {num_rows}")
+    two_shot = _two_shot(summed, mailbox, two_shot)
+    check_all_reduce_mosaic(width, devices if two_shot else 1, dtype)
     piece = width // devices
 
     def body(x_ref: Any, mail: Any, *refs: Any) -> None:
+        launch_kernel_after(False)
+        await_kernel_before(False)
         inputs, outs = refs[: len(others)], refs[len(others) :]
         block = lax.axis_index("block")
         call = packets.read_call(mail, block)
@@ -121,11 +133,13 @@ def _call(
                 pl.when(block + i * blocks < num_rows)(lambda: do(block + i * blocks, start + i * wire))
 
         def send(row: Any, where: Any, devices: Any, place: Any) -> None:
-            value = load(x_ref.at[row, where], packets.layout(where.size, partial.dtype))
-            packets.send(mail, value, devices, place, flag)
+            kind = packets.layout(where.size, dtype)
+            values = [load(x_ref.at[part, row, where], kind) for part in range(parts.shape[0])]
+            value = values[0] if len(values) == 1 else _sum(values)
+            packets.send(mail, value.astype(dtype), devices, place, flag)
 
         def receive(size: int, place: Any) -> tuple[jax.Array, ...]:
-            shaped = jax.ShapeDtypeStruct((size,), partial.dtype)
+            shaped = jax.ShapeDtypeStruct((size,), dtype)
             return packets.receive(mail, devices, shaped, place, flag, half_bytes=shape.half_bytes)
 
         def send_row(row: Any, place: Any) -> None:
@@ -139,7 +153,7 @@ def _call(
                 send(row, pl.ds(device * piece, piece), [device], place)
 
         def sum_piece(_: Any, place: Any) -> None:
-            total = _sum(receive(piece, place)).astype(partial.dtype)
+            total = _sum(receive(piece, place)).astype(dtype)
             packets.send(mail, total, range(devices), place + wire // devices, flag)
 
         def join_pieces(row: Any, place: Any) -> None:
@@ -151,22 +165,21 @@ def _call(
             rows(phase)
         packets.end_call(mail, block, call)
 
-    shaped = jax.ShapeDtypeStruct(partial.shape, partial.dtype)
     return plgpu.kernel(
         body,
-        out_type=(shaped,) * outputs,
+        out_type=(summed,) * outputs,
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=mosaic_mode(False),
-    )(partial, mailbox, *others)
+    )(parts, mailbox, *others)
 
 
-def _two_shot(partial: jax.Array, mailbox: jax.Array, asked: bool | None) -> bool:
+def _two_shot(rows: Any, mailbox: jax.Array, asked: bool | None) -> bool:
     if asked is not None:
         return asked
-    return mailbox.shape[0] - 2 > 2 and partial.nbytes > TWO_SHOT_BYTES
+    return mailbox.shape[0] - 2 > 2 and rows.size * rows.dtype.itemsize > TWO_SHOT_BYTES
 
 
-def _sum(parts: tuple[jax.Array, ...]) -> jax.Array:
+def _sum(parts: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])

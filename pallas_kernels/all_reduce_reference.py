@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
+from .add_norm_reference import check_add_norm
+
 
 def all_reduce_reference(
     partial: Num[Array, "T D"], *, axis_name: Hashable, mailbox: Int[Array, "N 2"] | None = None
@@ -22,7 +24,7 @@ def all_reduce_reference(
 
 
 def all_reduce_add_norm_reference(
-    partial: Num[Array, "T D"],
+    parts: Num[Array, "S R D"],
     residual: Array,
     scale: Array,
     *,
@@ -30,31 +32,32 @@ def all_reduce_add_norm_reference(
     axis_name: Hashable,
     mailbox: Int[Array, "N 2"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """(residual + the sum of `partial` over `axis_name`, the root-mean-square norm of that times `scale`).
+    """(residual + the sum of `parts` and of that over `axis_name`, the root-mean-square norm of that times `scale`).
 
-    Statistics are float32, of the rounded sum (RMSNorm: Zhang & Sennrich 2019). `mailbox`, errors:
-    `all_reduce_reference`.
+    A device's parts are added in float32 and rounded to residual's dtype; rows past T do not count. Statistics are
+    float32, of the rounded sum (RMSNorm: Zhang & Sennrich 2019). `mailbox`, errors: `all_reduce_reference`.
     """
-    check_add_norm(partial, residual, scale, mailbox, axis_name)
-    total = residual + lax.psum(partial, axis_name)
+    check_reduce_add_norm(parts, residual, scale, mailbox, axis_name)
+    own = parts[:, : residual.shape[0]].astype(jnp.float32).sum(axis=0).astype(residual.dtype)
+    total = residual + lax.psum(own, axis_name)
     wide = total.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return total, wide.astype(total.dtype) * scale[None]
 
 
-def check_all_reduce(partial: Array, mailbox: Array | None, axis_name: Hashable) -> None:
+def check_all_reduce(rows: Array, mailbox: Array | None, axis_name: Hashable) -> None:
     """Raise ValueError unless the arguments fit together."""
-    if partial.ndim != 2 or partial.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"partial must be [T, D] of float32, bfloat16 or float16: got {partial.dtype}{partial.shape}")
+    if rows.ndim != 2 or rows.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"rows must be [T, D] of float32, bfloat16 or float16: got {rows.dtype}{rows.shape}")
     if mailbox is not None:
         wanted = (lax.axis_size(axis_name) + 2, 2)
         if mailbox.shape != wanted or mailbox.dtype != jnp.int32:
             raise ValueError(f"mailbox must be int32{wanted}: got {mailbox.dtype}{mailbox.shape}")
 
 
-def check_add_norm(partial: Array, residual: Array, scale: Array, mailbox: Array | None, axis_name: Hashable) -> None:
+def check_reduce_add_norm(
+    parts: Array, residual: Array, scale: Array, mailbox: Array | None, axis_name: Hashable
+) -> None:
     """Raise ValueError unless the arguments fit together."""
-    check_all_reduce(partial, mailbox, axis_name)
-    for name, array, shape in (("residual", residual, partial.shape), ("scale", scale, partial.shape[1:])):
-        if array.shape != shape or array.dtype != partial.dtype:
-            raise ValueError(f"{name} must be {partial.dtype}{shape}: got {array.dtype}{array.shape}")
+    check_all_reduce(residual, mailbox, axis_name)
+    check_add_norm(parts, residual, scale)

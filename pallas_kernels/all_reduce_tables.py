@@ -15,7 +15,7 @@ ALL_REDUCE: dict[str, Callable[..., Any]] = {
     "mosaic": all_reduce_mosaic,
 }
 
-# (partial, residual, scale, *, eps, axis_name, mailbox) -> (total, normed); all_reduce_add_norm_reference's docstring.
+# (parts, residual, scale, *, eps, axis_name, mailbox) -> (total, normed); all_reduce_add_norm_reference's docstring.
 ALL_REDUCE_ADD_NORM: dict[str, Callable[..., Any]] = {
     "reference": all_reduce_add_norm_reference,
     "mosaic": all_reduce_add_norm_mosaic,

@@ -54,13 +54,22 @@ def matmul_mosaic(
     `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
     """
     check_matmul(x, w, epilogue, residual)
-    parts = multiply(x, w, swiglu=epilogue == "swiglu", tiling=tiling, interpret=interpret)[:, : x.shape[0]]
+    parts = _multiply(x, w, swiglu=epilogue == "swiglu", tiling=tiling, interpret=interpret)[:, : x.shape[0]]
     if parts.shape[0] > 1:  # unfinished: XLA makes one kernel of the sum and what follows
         return finish(parts.sum(0), epilogue, residual, x.dtype)
     return parts[0] if residual is None else residual + parts[0]
 
 
-def multiply(
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
+def matmul_parts_mosaic(
+    x: Float[Array, "M _"], w: Float[Array, "_ N"], *, tiling: Tiling | None = None, interpret: bool = False
+) -> Float[Array, "S R N"]:
+    """As `matmul_parts_reference`; see `matmul_mosaic`."""
+    check_matmul(x, w, "none", None)
+    return _multiply(x, w, summed=True, tiling=tiling, interpret=interpret)
+
+
+def _multiply(
     x: Float[Array, "M _"],
     w: Float[Array, "_ N"],
     *,

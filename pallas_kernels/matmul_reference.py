@@ -22,6 +22,12 @@ def matmul_reference(
     return finish(jnp.matmul(x, w, preferred_element_type=jnp.float32), epilogue, residual, x.dtype)
 
 
+def matmul_parts_reference(x: Float[Array, "M _"], w: Float[Array, "_ N"]) -> Float[Array, "S R N"]:
+    """The product as S parts of R rows, at least M, for who adds parts up anyway (ADD_NORM, ALL_REDUCE_ADD_NORM): in
+    float32 if there are several, and rows past M are undefined. Here it is whole."""
+    return matmul_reference(x, w)[None]
+
+
 def finish(
     product: Float[Array, "M N"], epilogue: str, residual: Array | None, dtype: jnp.dtype
 ) -> Float[Array, "M _"]:

@@ -7,9 +7,8 @@ from typing import Any
 
 from .add_norm_mosaic import add_norm_mosaic
 from .add_norm_reference import add_norm_reference
-from .matmul_mosaic import matmul_mosaic
-from .matmul_norm import matmul_add_norm_mosaic, matmul_add_norm_reference
-from .matmul_reference import matmul_reference
+from .matmul_mosaic import matmul_mosaic, matmul_parts_mosaic
+from .matmul_reference import matmul_parts_reference, matmul_reference
 
 # (x, w, *, epilogue, residual) -> out; the contract is matmul_reference's docstring.
 # An implementation that cannot run on its arguments raises ValueError: nothing falls back.
@@ -18,10 +17,10 @@ MATMUL: dict[str, Callable[..., Any]] = {
     "mosaic": matmul_mosaic,
 }
 
-# (x, w, residual, scale, *, eps) -> (total, normed); matmul_add_norm_reference's docstring.
-MATMUL_ADD_NORM: dict[str, Callable[..., Any]] = {
-    "reference": matmul_add_norm_reference,
-    "mosaic": matmul_add_norm_mosaic,
+# (x, w) -> parts; matmul_parts_reference's docstring.
+MATMUL_PARTS: dict[str, Callable[..., Any]] = {
+    "reference": matmul_parts_reference,
+    "mosaic": matmul_parts_mosaic,
 }
 
 # (parts, residual, scale, *, eps) -> (total, normed); add_norm_reference's docstring.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from paddock.model import ChainedProducts, LlamaConfig, NormedProducts, Products, Reduction, reduction_axes
+from paddock.model import LlamaConfig, NormedProducts, Products, Reduction, reduction_axes
 from paddock.pallas_kernels import (
     ADD_NORM,
     ALL_REDUCE,
     ALL_REDUCE_ADD_NORM,
     MATMUL,
-    MATMUL_ADD_NORM,
+    MATMUL_PARTS,
     MailboxShape,
     check_add_norm_mosaic,
     check_all_reduce_mosaic,
@@ -36,8 +37,9 @@ MEASURED_KINDS, MEASURED_DEVICES = ("NVIDIA H100 80GB HBM3",), (2,)
 # Numbers of rows for which our products are faster than XLA's (docs/numbers.md): those of a batch and, with SwiGLU in
 # them, of prompts, where rows that fill no whole tiles would be copied; and any number that a step may have.
 BATCH_ROWS, PROMPT_ROWS, ALL_ROWS = range(32, 257), range(256, 2**20, 256), range(1, 2**20)
-# Where products and norms are both ours all of them are, in steps of so many rows.
-CHAINED_ROWS = range(1, 257)
+# Where products and the sums after them are both ours, all of a layer's kernels are, in steps of so many rows: on one
+# device, and on several, where that is still to be measured.
+CHAINED_ROWS, CHAINED_SHARED_ROWS = range(1, 257), range(0)
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
@@ -125,28 +127,23 @@ def check_hopper(device: Any) -> None:
 
 def is_chained(plan: StepPlan, num_rows: int) -> bool:
     """Whether all of a layer's kernels are ours in steps of so many rows, each launched while the one before ends."""
-    return plan.products == plan.add_norm != COMPILER and num_rows in CHAINED_ROWS
+    if plan.products == COMPILER or plan.products not in (plan.add_norm, plan.all_reduce):
+        return False
+    if plan.add_norm != COMPILER:
+        return num_rows in CHAINED_ROWS
+    return num_rows in CHAINED_SHARED_ROWS and _fits_mailboxes(plan, num_rows)
 
 
 def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> Products:
     """For steps of so many rows. Messages that mailboxes are too small for are the compiler's, too."""
-    kernels = _kernels(plan)
-    if is_chained(plan, num_rows):
-        kernels["fused_rows"] = (*kernels["fused_rows"], CHAINED_ROWS)
-        table = {"multiply": MATMUL[plan.products], "multiply_add_norm": MATMUL_ADD_NORM[plan.add_norm]}
-        return ChainedProducts(**table, **kernels)
+    kernels = _kernels(plan, is_chained(plan, num_rows))
     if plan.add_norm != COMPILER:
         return NormedProducts(add_norm=ADD_NORM[plan.add_norm], **kernels)
-    if plan.all_reduce == COMPILER:
+    if plan.all_reduce == COMPILER or not _fits_mailboxes(plan, num_rows):
         return Products(**kernels)
-    axes = reduction_axes(plan.layout)
-    if plan.all_reduce == "mosaic":
-        row_bytes = plan.config.embed_dim * jax.numpy.dtype(plan.dtype).itemsize
-        if num_rows > MailboxShape(plan.layout.size_of(axes)).max_rows(row_bytes):
-            return Products(**kernels)
     return Reduction(
         layout=plan.layout,
-        axes=axes,
+        axes=reduction_axes(plan.layout),
         all_reduce=ALL_REDUCE[plan.all_reduce],
         all_reduce_add_norm=ALL_REDUCE_ADD_NORM[plan.all_reduce],
         mailboxes=params.get(MAILBOXES),
@@ -154,9 +151,16 @@ def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> 
     )
 
 
-def _kernels(plan: StepPlan) -> dict[str, Any]:
+def _fits_mailboxes(plan: StepPlan, num_rows: int) -> bool:
+    if plan.all_reduce != "mosaic":
+        return True
+    row_bytes = plan.config.embed_dim * jax.numpy.dtype(plan.dtype).itemsize
+    return num_rows <= MailboxShape(plan.layout.size_of(reduction_axes(plan.layout))).max_rows(row_bytes)
+
+
+def _kernels(plan: StepPlan, chained: bool) -> dict[str, Any]:
     """What `Products` takes of ours: every device multiplies by its own gates and ups; blocks end in ours where layers
-    are whole on a device, so that nothing is summed over several."""
+    are whole on a device, so that nothing is summed over several; `chained`, every product is ours."""
     if plan.products == COMPILER:
         return {}
     multiply, ours = MATMUL[plan.products], plan.products == "mosaic"
@@ -164,17 +168,22 @@ def _kernels(plan: StepPlan) -> dict[str, Any]:
     def swiglu(x: jax.Array, gate_up: jax.Array) -> jax.Array:
         return multiply(x, gate_up.reshape(gate_up.shape[0], -1), epilogue="swiglu")
 
+    def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return multiply(x, weight.reshape(weight.shape[0], -1)).reshape(x.shape[0], *weight.shape[1:])
+
     def add(hidden: jax.Array, weight: jax.Array, x: jax.Array) -> jax.Array:
         return multiply(hidden, weight, residual=x)
 
-    whole, columns = PartitionSpec(), plan.layout.rules.mlp or None
-    split = PartitionSpec(None, columns)
-    # Jitted: traced and lowered once, not once a layer.
-    kernels: dict[str, Any] = {
-        "fused_swiglu": jax.jit(plan.layout.shard_map(swiglu, (whole, PartitionSpec(None, columns, None)), split)),
-        "fused_rows": (BATCH_ROWS, PROMPT_ROWS) if ours else (ALL_ROWS,),
-    }
+    def mapped(fn: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
+        # Jitted: traced and lowered once, not once a layer.
+        return jax.jit(plan.layout.shard_map(fn, specs[:-1], specs[-1]))
+
+    whole, split = PartitionSpec(), PartitionSpec(None, plan.layout.rules.mlp or None)
+    kernels: dict[str, Any] = {"fused_swiglu": mapped(swiglu, whole, split, split)}
+    kernels["fused_rows"] = (BATCH_ROWS, PROMPT_ROWS) if ours and not chained else (ALL_ROWS,)
+    if chained:
+        kernels |= {"multiply": mapped(project, whole, split, split), "multiply_parts": MATMUL_PARTS[plan.products]}
     if _whole_layers(plan.layout):
-        kernels["added"] = jax.jit(plan.layout.shard_map(add, (whole, whole, whole), whole))
+        kernels["added"] = mapped(add, whole, whole, whole, whole)
         kernels["added_rows"] = BATCH_ROWS if ours else ALL_ROWS
     return kernels

@@ -33,8 +33,8 @@ def test_references_sum_over_their_axis_alone():
 @pytest.mark.parametrize(
     ("message", "change"),
     {
-        "partial must be": {"partial": np.zeros((2, 8), np.int32)},
-        r"residual must be float32\(2, 8\)": {"residual": np.zeros((2, 4), np.float32)},
+        "rows must be": {"residual": np.zeros((2, 8), np.int32)},
+        r"do not fit together: \(1, 2, 8\), \(2, 4\)": {"residual": np.zeros((2, 4), np.float32)},
         r"scale must be float32\(8,\)": {"scale": np.zeros(8, np.float16)},
         r"mailbox must be int32\(4, 2\)": {"mailbox": np.zeros((3, 2), np.int32)},
     }.items(),
@@ -42,7 +42,7 @@ def test_references_sum_over_their_axis_alone():
 @pytest.mark.parametrize("name", sorted(ALL_REDUCE))
 def test_arguments_that_do_not_fit_are_refused(name: str, message: str, change: dict[str, Any]):
     arrays = {
-        "partial": np.zeros((2, 8), np.float32),
+        "parts": np.zeros((1, 2, 8), np.float32),
         "residual": np.zeros((2, 8), np.float32),
         "scale": np.zeros(8, np.float32),
         "mailbox": np.zeros((4, 2), np.int32),
@@ -71,7 +71,7 @@ def test_a_message_larger_than_the_mailbox_is_refused():
 
     def run(_: jax.Array) -> jax.Array:
         rows, box = jnp.zeros((most + 1, 4096), jnp.bfloat16), jnp.zeros((4, 2), jnp.int32)
-        return ALL_REDUCE_ADD_NORM["mosaic"](rows, rows, rows[0], eps=1e-5, axis_name="b", mailbox=box)[0]
+        return ALL_REDUCE_ADD_NORM["mosaic"](rows[None], rows, rows[0], eps=1e-5, axis_name="b", mailbox=box)[0]
 
     with pytest.raises(ValueError, match=f"at most {most} rows of 4096 bfloat16: got {most + 1}"):
         mapped(run, mesh_of(jax.devices()[:2]), num_inputs=1)(jnp.zeros(1))
@@ -129,7 +129,8 @@ def test_kernels_compile_for_gpus_that_are_not_there(count: int, two_shot: bool,
     def run(x: jax.Array, mailboxes: jax.Array) -> tuple[jax.Array, jax.Array]:
         common = {"axis_name": "b", "mailbox": mailboxes[0], "two_shot": two_shot}
         total = ALL_REDUCE["mosaic"](x[0], **common)
-        return ALL_REDUCE_ADD_NORM["mosaic"](total, x[0], x[0, 0], eps=1e-5, **common)
+        parts = jnp.stack([total.astype(jnp.float32)] * 2)
+        return ALL_REDUCE_ADD_NORM["mosaic"](parts, x[0], x[0, 0], eps=1e-5, **common)
 
     table = abstract_table(mesh, ["b"])
     x = jax.ShapeDtypeStruct((count, rows, 2048), dtype, sharding=table.sharding)

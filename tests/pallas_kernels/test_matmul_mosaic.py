@@ -11,8 +11,7 @@ import pytest
 from matmul_cases import exact, exact_norm, operands, relative_error
 
 from paddock.pallas_kernels.matmul_mosaic import check_matmul_mosaic, matmul_mosaic
-from paddock.pallas_kernels.matmul_norm import matmul_add_norm_mosaic
-from paddock.pallas_kernels.matmul_tables import ADD_NORM, MATMUL, MATMUL_ADD_NORM
+from paddock.pallas_kernels.matmul_tables import ADD_NORM, MATMUL, MATMUL_PARTS
 from paddock.pallas_kernels.matmul_tiling import (
     DEPTH,
     SMEM,
@@ -82,8 +81,10 @@ def test_addition_and_norm_equal_numpy(name: str, tiling: Tiling) -> None:
     x, w = operands(3, 256, 256)
     residual = operands(3, 256, 1)[0]
     scale = jax.random.uniform(jax.random.key(3), (256,), jnp.bfloat16, 0.5, 2.0)
-    options: dict[str, Any] = {} if name == "reference" else {"tiling": tiling, "interpret": True}
-    total, normed = MATMUL_ADD_NORM[name](x, w, residual, scale, eps=EPS, **options)
+    options: dict[str, Any] = {} if name == "reference" else {"interpret": True}
+    parts = MATMUL_PARTS[name](x, w, **options, **({"tiling": tiling} if options else {}))
+    assert parts.shape[0] == (tiling.split if options else 1)
+    total, normed = ADD_NORM[name](parts, residual, scale, eps=EPS, **options)
     assert total.dtype == normed.dtype == jnp.bfloat16
     assert relative_error(total, exact(x, w, residual=residual)) <= TOLERANCE
     assert relative_error(normed, exact_norm(total, scale, EPS)) <= 2 * TOLERANCE
@@ -134,14 +135,14 @@ def test_a_tiling_that_does_not_fit_is_refused(tiling: Tiling, message: str) -> 
 
 
 def test_a_norm_of_odd_width_is_refused() -> None:
-    x, w = operands(8, 64, 64)
+    x = operands(8, 64, 64)[0]
     with pytest.raises(ValueError, match="a multiple of 128 columns, 16384 at most: got 64"):
-        matmul_add_norm_mosaic(x, w, x, x[0], eps=EPS, interpret=True)
+        ADD_NORM["mosaic"](x[None], x, x[0], eps=EPS, interpret=True)
 
 
 @pytest.mark.parametrize("name", ["reference", "mosaic"])
 def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
-    multiply, add_norm = MATMUL[name], MATMUL_ADD_NORM[name]
+    multiply = MATMUL[name]
     x, w = jnp.zeros((8, 128), jnp.bfloat16), jnp.zeros((128, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"got shapes \(8, 128\) and \(64, 128\)"):
         multiply(x, w.T)
@@ -151,8 +152,8 @@ def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
         multiply(x, w, epilogue="gelu")
     with pytest.raises(ValueError, match=r"residual must be bfloat16\(8, 32\): got bfloat16\(8, 64\)"):
         multiply(x, w, epilogue="swiglu", residual=jnp.zeros((8, 64), jnp.bfloat16))
-    with pytest.raises(ValueError, match=r"scale must be bfloat16\(64,\): got bfloat16\(128,\)"):
-        add_norm(x, w, jnp.zeros((8, 64), jnp.bfloat16), x[0], eps=EPS)
+    with pytest.raises(ValueError, match=r"got shapes \(8, 128\) and \(64, 128\)"):
+        MATMUL_PARTS[name](x, w.T)
 
 
 def test_refused_where_there_is_no_gpu() -> None:

@@ -71,12 +71,15 @@ def test_explicit_products_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch,
         assert_same(run(resolved, pages=1000, full=True), alone)
 
 
-def test_chained_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, alone: Run) -> None:
-    """All of a layer's products, sums and norms by one table's entries; what kernels compute is the reference's."""
-    for mesh in ("", "pipe=2"):
-        resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference", add_norm="reference")
-        assert step_products.is_chained(resolved.plan, NUM_SLOTS)
-        assert_same(run(resolved, pages=1000, full=True), alone)
+@pytest.mark.parametrize(("mesh", "sums"), [("", "add_norm"), ("pipe=2", "add_norm"), ("tensor=2", "all_reduce")])
+def test_chained_kernels_give_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, alone: Run, mesh: str, sums: str
+) -> None:
+    """All of a layer's products, sums and norms by tables' entries; what kernels compute is the reference's."""
+    monkeypatch.setattr(step_products, "CHAINED_SHARED_ROWS", step_products.CHAINED_ROWS)
+    resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference", **{sums: "reference"})
+    assert step_products.is_chained(resolved.plan, NUM_SLOTS)
+    assert_same(run(resolved, pages=1000, full=True), alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ def test_mailboxes_go_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (ALL_REDUCE, ALL_REDUCE_ADD_NORM):
 
         def watched(*args: Any, reference: Any = table["reference"], **options: Any) -> Any:
-            seen.append((args[0].shape[0], options["mailbox"].shape))
+            seen.append((args[0].shape[-2], options["mailbox"].shape))
             return reference(*args, **options)
 
         monkeypatch.setitem(table, "mosaic", watched)
