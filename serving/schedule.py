@@ -24,8 +24,9 @@ class Chunk:
 
     @property
     def is_stale(self) -> bool:
-        """Its sequence has given way since: other pages may have taken the place of those that it was computed with."""
-        return self.seq.status is not SequenceStatus.RUNNING or self.seq.num_admissions != self.admission
+        """Nobody wants it any more: its sequence has ended, or is computed again, in other pages. One that has given way
+        and waits may yet take what is on its way between stages for its last token."""
+        return self.seq.status is SequenceStatus.FINISHED or self.seq.num_admissions != self.admission
 
     @property
     def is_first(self) -> bool:

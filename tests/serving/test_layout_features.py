@@ -27,6 +27,8 @@ KINDS = {
         greedy(logit_bias={3: 5.0, 7: -50.0}, min_tokens=6, stop_token_ids=[3, 11, 20 + i]) for i in range(8)
     ],
     "prompt logprobs": [greedy(6, prompt_logprobs=2) for _ in range(8)],
+    # Some give way when all that is left of them to compute is on its way through the stages.
+    "prompts alone": [greedy(1, prompt_logprobs=2) if i % 2 else greedy(24) for i in range(24)],
     "seeds": [dataclasses.replace(SAMPLED, seed=100 + i) for i in range(8)],
 }
 
@@ -34,8 +36,11 @@ KINDS = {
 @pytest.fixture(scope="module")
 def one_device(golden: Path) -> Iterator[dict[str, list[RequestOutput]]]:
     with tiny_llm(golden / "gqa") as llm:
-        prompts = prompts_of(LENGTHS, llm.engine.vocab_size)
-        yield {kind: llm.generate(prompts, params, use_tqdm=False) for kind, params in KINDS.items()}
+        yield {kind: llm.generate(prompts_for(kind, llm), params, use_tqdm=False) for kind, params in KINDS.items()}
+
+
+def prompts_for(kind: str, llm: LLM) -> list[Any]:
+    return prompts_of(LENGTHS * (len(KINDS[kind]) // len(LENGTHS)), llm.engine.vocab_size)
 
 
 def with_two_samplers(*args: Any, **options: Any) -> tuple[StepPlan, BucketTable]:
@@ -62,7 +67,7 @@ def split(golden: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_as_on_one_device(split: LLM, one_device: dict[str, list[RequestOutput]], kind: str) -> None:
-    got = split.generate(prompts_of(LENGTHS, split.engine.vocab_size), KINDS[kind], use_tqdm=False)
+    got = split.generate(prompts_for(kind, split), KINDS[kind], use_tqdm=False)
     want = one_device[kind]
     if kind == "seeds":
         assert [tokens_of(output) for output in got] == [tokens_of(output) for output in want]
@@ -74,8 +79,10 @@ def test_the_same_as_on_one_device(split: LLM, one_device: dict[str, list[Reques
         assert all(len(tokens_of(output)) >= 6 for output in got)
     else:
         assert_same_tokens(got, want)
-    if kind == "prompt logprobs":
+    if kind.startswith("prompt"):
         for one, other in zip(got, want, strict=True):
+            if other.prompt_logprobs is None:
+                continue
             assert len(one.prompt_logprobs) == len(one.prompt_token_ids)
             for mine, theirs in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
                 assert mine.keys() == theirs.keys()
