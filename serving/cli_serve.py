@@ -47,8 +47,11 @@ def run(args: argparse.Namespace) -> int:
         from .server import create_app
 
         print(f"Paddock loads {config.model or 'the bundled model'} and compiles its steps", flush=True)
-        with _exits_at_once() if processes is not None else contextlib.nullcontext():
-            engine = cli_engine.start_engine(config)
+        try:
+            with _exits_at_once() if processes is not None else contextlib.nullcontext():
+                engine = cli_engine.start_engine(config)
+        except SystemExit as error:  # the signal: steps that are being compiled would be waited for
+            _exit_at_once(int(error.code or 0))
         app = create_app(
             engine,
             api_key=args.api_key or os.environ.get("PADDOCK_API_KEY"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,6 +18,8 @@ from jax.export import Exported
 from tqdm import tqdm
 
 from .program_cache import ProgramCache
+
+logger = logging.getLogger("paddock")
 
 
 class _Finds(threading.local):
@@ -40,12 +44,17 @@ class Job:
     exportable: bool = False
 
 
+class ExporterLost(RuntimeError):
+    """Whoever was to lower a step is gone; the step itself may be fine."""
+
+
 @runtime_checkable
 class Exporting(Protocol):
     """Who lowers exportable programs elsewhere: an `Exporter`."""
 
     def start(self, keys: Sequence[Any]) -> None: ...
-    def result(self, key: Any) -> Exported: ...
+    def result(self, key: Any) -> Exported:
+        """Raises ExporterLost, and RuntimeError for a step that cannot be lowered."""
 
 
 @dataclasses.dataclass
@@ -76,7 +85,7 @@ class Compiler:
         one lowers, the jobs in their order, or with an `exporter` processes do, and the others take over what is
         lowered. Writing executables out holds Python up as well, so that it comes when all are lowered."""
         with (
-            concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
+            _threads() as pool,
             tqdm(total=len(jobs), desc="Compiling steps", unit="step", disable=not self.progress) as bar,
         ):
             reading = {key: pool.submit(self._read, key, job) for key, job in jobs.items()}
@@ -91,7 +100,6 @@ class Compiler:
             for key, made in making.items():
                 pool.submit(self._save, key, jobs[key], made)
             self.report.num_lowered, self.report.num_found = len(making), len(jobs) - len(making)
-            self.report.num_exported = sum(job.exportable for job in missing.values()) if self.exporter else 0
             programs: dict[Any, Any] = {key: (making.get(key) or reading[key]).result() for key in jobs}
             return programs
 
@@ -106,7 +114,15 @@ class Compiler:
             self.exporter.start([key for key, job in jobs.items() if job.exportable])
 
     def _lower(self, key: Any, job: Job) -> jax.stages.Lowered:
-        return job.lower(self.exporter.result(key)) if self.exporter and job.exportable else job.lower()
+        if not (self.exporter and job.exportable):
+            return job.lower()
+        try:
+            exported = self.exporter.result(key)
+        except ExporterLost as error:
+            logger.warning("%s: step %s is lowered here instead", error, key)
+            return job.lower()
+        self.report.num_exported += 1
+        return job.lower(exported)
 
     def _read(self, key: Any, job: Job) -> jax.stages.Compiled | None:
         cache = self.cache
@@ -130,3 +146,15 @@ class Compiler:
         with self._lock:
             setattr(self.report, name, getattr(self.report, name) + time.perf_counter() - start)
         return result
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Threads that begin nothing more once an error, or a signal that ends the program, has come."""
+    pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()

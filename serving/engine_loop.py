@@ -78,9 +78,7 @@ class EngineLoop:
             cache_dtype=built.resolved.dtype,
         )
         self.executor = built.executor
-        # What the start has made stays: looking for cycles in all of it has held a step up for 0.2 s.
         gc.collect()
-        gc.freeze()
         self._thread.start()
         self._peers.watch(self._lose_peer, self.shutdown)
 
@@ -227,11 +225,20 @@ class EngineLoop:
         """Take in what other threads asked for, waiting for it when there is nothing to run; None: stop."""
         wishes = _Wishes()
         while not self._inbox.empty() or (self.engine.is_idle and not wishes):
-            command = self._inbox.get()
+            command = self._inbox.get() if not self._inbox.empty() else self._rest()
             if command is None:
                 return None
             command(wishes)
         return wishes
+
+    def _rest(self) -> Callable[[_Wishes], None] | None:
+        """Wait for what comes next. Looking for cycles in all that a start has made has held a step up for 0.2 s:
+        while steps run what there is counts as used, and meanwhile an LLM that nobody has any more is found."""
+        gc.unfreeze()
+        try:
+            return self._inbox.get()
+        finally:
+            gc.freeze()
 
     def _tell(self, wishes: _Wishes) -> None:
         """Tell the engine, in every process, what joins and what ends before the next step."""

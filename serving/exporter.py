@@ -20,6 +20,7 @@ import jax
 from jax.export import Exported
 
 from .bucket import Bucket
+from .compiler import ExporterLost
 from .program_cache import settings
 from .programs import Programs
 
@@ -89,13 +90,13 @@ class Worker:
             pipe.write(content)
 
     def read(self) -> Exported:
-        """Raises RuntimeError saying why there is none."""
+        """Raises RuntimeError saying why there is none, ExporterLost where the process is gone."""
         try:
             answer = pickle.load(self._answers)
-        except EOFError as error:
+        except (EOFError, pickle.UnpicklingError) as error:  # it may have ended in the middle of one
             code, lines = self._process.wait(), self._lines()
             last = f": {lines[-1]}" if lines and code > 0 else ""
-            raise RuntimeError(f"a process that lowers steps ended with exit code {code}{last}") from error
+            raise ExporterLost(f"a process that lowers steps ended with exit code {code}{last}") from error
         if isinstance(answer, RuntimeError):
             raise answer
         return answer
@@ -148,7 +149,7 @@ class Exporter:
             self._running.append((worker, thread))
 
     def result(self, bucket: Bucket) -> Exported:
-        """Waits for it. Raises RuntimeError where its process failed."""
+        """Waits for it. Raises RuntimeError where it cannot be lowered, ExporterLost where its process is gone."""
         return self._made[bucket].result()
 
     def _collect(self, worker: Worker, buckets: Sequence[Bucket]) -> None:

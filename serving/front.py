@@ -191,8 +191,9 @@ class Front:
 
 
 def _start(config: EngineConfig, progress: bool) -> tuple[list[EngineLoop], dict[str, float]]:
-    """The replicas, and how long each phase took: the first alone, so that a mistake shows at once and its compiled
-    programs and the checkpoint are in the caches when the others start, side by side."""
+    """The replicas, and how long each phase took: the first alone, so that a mistake shows at once and the checkpoint,
+    and what XLA's autotuner measured, are in the caches when the others start, side by side. Compiled programs are for
+    the devices that they name: each replica has its own."""
     replicas = [EngineLoop(config, progress=progress)]
     seconds = dict(replicas[0].startup_seconds)
     # Only now does JAX know how many devices there are, which a preset may leave open.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 from jax._src import xla_bridge  # no public name tells whether a backend has started, without starting it
+from jax.experimental.compilation_cache import compilation_cache
 
 from paddock.sharding import MeshConfig
 
@@ -24,7 +25,10 @@ def prepare(config: EngineConfig) -> None:
     with the others here; harmless the second time.
     """
     # XLA keeps what its autotuner found in a folder below.
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir(config)))
+    folder = str(cache_dir(config))
+    if jax.config.jax_compilation_cache_dir not in (None, folder):  # type: ignore[attr-defined]
+        compilation_cache.reset_cache()  # which is opened once, and then stays where it is
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     mesh = config.layout_text.mesh

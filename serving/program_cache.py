@@ -78,9 +78,10 @@ class ProgramCache:
         try:
             content = pickle.dumps(serialize_executable.serialize(compiled))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(file.name, path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                part = Path(folder) / path.name
+                part.write_bytes(hashlib.sha256(content).digest() + content)
+                os.replace(part, path)
         except Exception as error:
             logger.warning("compiled program %s is not kept in %s: %s", path.name[:12], path.parent, error)
 

@@ -24,8 +24,8 @@ class Chunk:
 
     @property
     def is_stale(self) -> bool:
-        """Nobody wants it any more: its sequence has ended, or is computed again, in other pages. One that has given way
-        and waits may yet take what is on its way between stages for its last token."""
+        """Nobody wants it any more: its sequence has ended, or is computed again, in other pages. One that gave way and
+        waits may yet get its last token from what is on its way between stages."""
         return self.seq.status is SequenceStatus.FINISHED or self.seq.num_admissions != self.admission
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +93,21 @@ def test_no_step_takes_the_slow_way_through_jax(llm: LLM, monkeypatch: pytest.Mo
         llm.generate(prompts_of([5, 20, 9, 33], llm.engine.vocab_size), greedy(12), use_tqdm=False)
     assert 1 < len(slow) <= len(executor.compiled)
     assert set(slow.values()) == {1}
+
+
+def test_what_there_is_may_be_garbage_while_nothing_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are not held up by a search for cycles in everything; an LLM in one is found all the same."""
+    engine, frozen = llm.engine.replicas[0].engine, []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (frozen.append(gc.get_freeze_count()), step())[1])
+    llm.generate(prompts_of([3], llm.engine.vocab_size), greedy(4), use_tqdm=False)
+    assert len(frozen) >= 4
+    assert min(frozen) > 1000
+    for _ in range(200):
+        if not gc.get_freeze_count():
+            return
+        time.sleep(0.02)
+    pytest.fail("still frozen")
 
 
 def test_a_thousand_steps_of_mixed_traffic_compile_nothing_and_leak_nothing(llm: LLM) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import jax
@@ -13,9 +16,10 @@ from layout_runs import resolve_tiny
 from paddock.serving import exporter as module
 from paddock.serving.bucket import Bucket
 from paddock.serving.build import _exporter
+from paddock.serving.compiler import ExporterLost
 from paddock.serving.engine_config import EngineConfig
 from paddock.serving.export_worker import programs_of
-from paddock.serving.exporter import Exporter, ExportJob, choose_processes
+from paddock.serving.exporter import Exporter, ExportJob, Worker, choose_processes
 from paddock.serving.programs import Programs
 from paddock.sharding.collectives import read_collectives
 
@@ -61,8 +65,17 @@ def test_a_process_that_dies_says_so(programs: Programs) -> None:
     with Exporter(programs, 1) as exporter:
         exporter.start([bucket])
         exporter._running[0][0].kill()
-        with pytest.raises(RuntimeError, match="a process that lowers steps ended with exit code -9"):
+        with pytest.raises(ExporterLost, match="a process that lowers steps ended with exit code -9"):
             exporter.result(bucket)
+
+
+def test_half_an_answer_is_none() -> None:
+    """Its process died while it wrote."""
+    worker = object.__new__(Worker)
+    worker._answers, worker._said = io.BytesIO(pickle.dumps(list(range(1000)))[:-9]), io.BytesIO()
+    worker._process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(ExporterLost, match="ended with exit code 3"):
+        worker.read()
 
 
 def test_leaving_ends_the_processes(programs: Programs) -> None:

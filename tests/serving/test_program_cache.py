@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,9 @@ from layout_runs import resolve_tiny
 
 from paddock.serving.bucket import Bucket
 from paddock.serving.build import _program_cache
-from paddock.serving.compiler import Compiler, Job
+from paddock.serving.compiler import Compiler, ExporterLost, Job
 from paddock.serving.engine_config import EngineConfig
+from paddock.serving.platform import prepare
 from paddock.serving.program_cache import ProgramCache
 
 
@@ -77,6 +81,66 @@ def test_nothing_is_written_before_all_are_lowered(jobs: dict[str, Job], tmp_pat
     watched = {key: Job(functools.partial(lower, job)) for key, job in jobs.items()}
     Compiler(Watched(tmp_path, jax.devices()[:1], "")).run(watched)
     assert order == ["lower", "lower", "save", "save"]
+
+
+def test_after_an_error_nothing_more_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that ends the program is one, and should not wait for minutes of compiling."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    begun = threading.Event()
+    compiled: list[str] = []
+
+    class Lowered(jax.stages.Lowered):
+        def __init__(self) -> None: ...
+
+        def compile(self, *_: Any) -> jax.stages.Compiled:
+            begun.set()
+            time.sleep(0.2)
+            compiled.append("one")
+            return object.__new__(jax.stages.Compiled)
+
+    def interrupted() -> Any:
+        assert begun.wait(20)
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit):
+        Compiler().run({**{i: Job(Lowered) for i in range(5)}, "last": Job(interrupted)})
+    time.sleep(0.5)
+    assert compiled == ["one"]
+
+
+def test_a_step_whose_process_is_gone_is_lowered_here(jobs: dict[str, Job], caplog: pytest.LogCaptureFixture) -> None:
+    class Lost:
+        def start(self, keys: Any) -> None: ...
+
+        def result(self, key: Any) -> Any:
+            raise ExporterLost("a process that lowers steps ended with exit code -9")
+
+    compiler = Compiler(exporter=Lost())
+    with caplog.at_level(logging.WARNING, logger="paddock"):
+        programs = compiler.run({key: dataclasses.replace(job, exportable=True) for key, job in jobs.items()})
+    assert results(programs)
+    assert (compiler.report.num_exported, compiler.report.num_lowered) == (0, 2)
+    assert "exit code -9: step twice is lowered here instead" in caplog.text
+
+
+def test_a_full_disk_leaves_no_pieces(
+    jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with caplog.at_level(logging.WARNING, logger="paddock"):
+        Compiler(cache_in(tmp_path / "programs")).run(jobs)
+    assert caplog.text.count("No space left on device") == 2
+    assert not list((tmp_path / "programs").iterdir())
+
+
+def test_a_second_engine_has_a_folder_of_its_own(jobs: dict[str, Job], tmp_path: Path) -> None:
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        prepare(EngineConfig(compile_cache_dir=str(folder)))
+        jobs["twice"].lower().compile()
+        assert any(folder.rglob("*"))
 
 
 def test_what_is_lowered_soon_and_large_steps_come_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,13 +246,13 @@ def test_a_client_that_leaves_frees_its_pages_within_two_steps(engine, port, tur
 # --- the program ---
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(*words: str, cache: Path = CACHE) -> subprocess.Popen[str]:
     """`paddock WORDS` with one CPU device, as outside of pytest."""
     environ = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     environ["XLA_FLAGS"] = " ".join(x for x in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in x)
     code = "import sys; from paddock.serving.cli import main; sys.exit(main())"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *words, "--compile-cache-dir", str(CACHE)],
+        [sys.executable, "-c", code, *words, "--compile-cache-dir", str(cache)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -270,6 +271,17 @@ def killed_at_the_end(process: subprocess.Popen[str]) -> Iterator[subprocess.Pop
         finally:
             timer.cancel()
             process.kill()
+
+
+def test_paddock_serve_ends_at_once_when_it_is_still_compiling(tmp_path: Path):
+    words = ["serve", "--port", "0", "--max-model-len", "256", "--lowering-processes", "1"]
+    with killed_at_the_end(start(*words, cache=tmp_path / "cold")) as process:
+        assert "compiles its steps" in process.stdout.readline()
+        wait_until(lambda: any((tmp_path / "cold").rglob("*")))
+        process.terminate()
+        began = time.monotonic()
+        assert process.wait(30) == 0
+        assert time.monotonic() - began < 5
 
 
 def test_paddock_serve_ends_its_streams_after_sigterm():
