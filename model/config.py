@@ -133,6 +133,14 @@ class LlamaConfig:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
+    def overridden(self, fields: Mapping[str, Any]) -> LlamaConfig:
+        """With `fields` in the place of those of `to_hf_dict`. Raises ValueError for one that is not there, or a bad
+        value."""
+        own = self.to_hf_dict()
+        if unknown := sorted(set(fields) - set(own)):
+            raise ValueError(f"hf_overrides: {unknown[0]!r} cannot be replaced; what can is {', '.join(own)}")
+        return type(self).from_dict({**own, **fields}, source="hf_overrides")
+
     def to_hf_dict(self) -> dict[str, Any]:
         """A config.json that `from_dict` reads back the same, spelled so that transformers 4 and 5 both read it."""
         eos = self.eos_token_ids

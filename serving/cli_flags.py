@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from .engine_config import EngineConfig
@@ -24,6 +26,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "chat_template",
             "load_format",
             "dtype",
+            "hf_overrides",
             "max_model_len",
             "seed",
         ),
@@ -90,7 +93,7 @@ def _add_flag(
         return
     if "choices" not in rest:
         rest.setdefault("metavar", {int: "N", float: "X"}.get(kind, name.rsplit("_", 1)[-1].upper()))
-    read = _number_or_auto if kind is int and default is None else kind
+    read = _number_or_auto if kind is int and default is None else _json_object if kind is Mapping else kind
     group.add_argument(*flags, dest=name, type=read, default=default, help=text, **rest)
 
 
@@ -99,6 +102,16 @@ def _number_or_auto(text: str) -> int | None:
         return None if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
 
 
 def _plain_type(hint: Any) -> type:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class EngineConfig:
         "auto",
         "weights and activations; auto: float32 on CPU, else the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    hf_overrides: Mapping | None = option(
+        None,
+        "fields of config.json to replace, as a JSON object: '{\"num_hidden_layers\": 2}', with dummy weights, cuts a "
+        "model short",
     )
     max_model_len: int | None = option(
         None, "longest prompt + output in tokens; auto: the model's, capped by the cache"

@@ -36,7 +36,7 @@ class Front:
         self.config = config
         self.created = int(time.time())
         self.replicas, self.startup_seconds = _start(config, progress)
-        self.compiling = self.replicas[0].compiling
+        self.compiling, self.bytes_per_device = self.replicas[0].compiling, self.replicas[0].executor.bytes_per_device()
         # Where another program holds some of a device's memory the replica there has fewer pages.
         self._smallest = min(self.replicas, key=lambda replica: replica.max_model_len)
         self.max_model_len, self.vocab_size = self._smallest.max_model_len, self._smallest.vocab_size

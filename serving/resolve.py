@@ -65,6 +65,8 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
     """For one of the mesh's replicas. Raises ValueError naming the option that cannot be had, and for a layout that
     needs more memory than there is, if it `must_fit`: what is only described may be larger."""
     folder, model, generation = _model(config)
+    if config.hf_overrides:
+        model = model.overridden(config.hf_overrides)
     try:
         default_params = SamplingParams(**generation.sampling_defaults())
     except ValueError as error:

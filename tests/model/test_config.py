@@ -276,3 +276,16 @@ def test_named_shapes_have_the_published_number_of_parameters(name, billions):
     parameters = sum(math.prod(spec.shape) for spec in param_specs(SHAPES[name]).values())
     assert parameters / 1e9 == pytest.approx(billions, abs=6e-4)
     assert LlamaConfig.from_dict(SHAPES[name].to_hf_dict(), source=name) == SHAPES[name]
+
+
+def test_overrides_replace_what_a_config_says() -> None:
+    model = LlamaConfig.from_dict(RAW, source="here")
+    short = model.overridden({"num_hidden_layers": 1, "rope_scaling": YARN})
+    assert (short.num_layers, short.rope.kind) == (1, "yarn")
+    assert short.overridden({"num_hidden_layers": 3, "rope_scaling": None}) == model
+    with pytest.raises(
+        ValueError, match=r"hf_overrides: 'num_layers' cannot be replaced; what can is .*num_hidden_layers"
+    ):
+        model.overridden({"num_layers": 1})
+    with pytest.raises(ValueError, match="hf_overrides: num_hidden_layers is 0"):
+        model.overridden({"num_hidden_layers": 0})

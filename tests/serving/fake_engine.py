@@ -174,6 +174,7 @@ class FakeEngine:
         self.hangs = False
         self.shutdown_graces: list[float] = []
         self.startup_seconds = {"load": 0.5, "compile": 1.5}
+        self.bytes_per_device = {"weights": 2**29, "kv_cache": 2**30}
         self.compiling = CompileReport(num_found=3, num_lowered=2, num_compiled=1)
 
     def submit(

@@ -62,7 +62,7 @@ def last_json(capsys: Any) -> dict[str, Any]:
 
 # --- flags ---
 
-VALUES = {"int": "3", "float": "0.5", "str": "some"}
+VALUES = {"int": "3", "float": "0.5", "str": "some", "Mapping": '{"num_hidden_layers": 2}'}
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(EngineConfig), ids=lambda field: field.name)
@@ -71,7 +71,7 @@ def test_every_engine_option_has_a_flag(field):
     kind = field.type.removesuffix(" | None")
     value = field.metadata.get("choices", (VALUES.get(kind),))[-1]
     words = [flag] if kind == "bool" else [flag, value]
-    wanted = {"bool": lambda _: True, "int": int, "float": float, "str": str}[kind](value)
+    wanted = {"bool": lambda _: True, "int": int, "float": float, "str": str, "Mapping": json.loads}[kind](value)
     args = build_parser().parse_args(["serve", *words])
     assert engine_config(args) == dataclasses.replace(EngineConfig(), **{field.name: wanted})
 
@@ -79,6 +79,13 @@ def test_every_engine_option_has_a_flag(field):
 def test_short_and_negative_flags():
     args = build_parser().parse_args(["generate", "x", "-tp", "2", "--no-skip-tokenizer-init"])
     assert engine_config(args) == EngineConfig(tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1]", "'[1]' is no JSON object"), ("{", "'{' is not JSON")])
+def test_overrides_that_are_no_object_are_refused(capsys: Any, text: str, message: str) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["serve", "--hf-overrides", text])
+    assert message in capsys.readouterr().err
 
 
 def all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -322,6 +329,8 @@ def test_bench_startup(engine, capsys):
     assert (result["load_s"], result["compile_s"]) == (0.5, 1.5)
     assert set(result) >= {"process_s", "import_s", "ready_s", "lower_s", "xla_thread_s", "first_token_s"}
     assert [result[f"programs_{how}"] for how in ("found", "lowered", "compiled")] == [3, 2, 1]
+    assert result["device_gib"] == 1.5
+    assert 0.01 < result["host_gib"] < 1000
 
 
 def test_bench_serve(engine, url, capsys):

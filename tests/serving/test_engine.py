@@ -445,6 +445,7 @@ def test_options_that_cannot_be_had(golden: Path) -> None:
         "does not divide over 3 shards": {"mesh": "tensor=3"},
         "block_size must be at least 1": {"block_size": 0},
         "block_size must be of type int, got '16'": {"block_size": "16"},
+        "hf_overrides: 'layers' cannot be replaced": {"hf_overrides": {"layers": 2}},
         "max_num_queued_reqs must be at least 1": {"max_num_queued_reqs": 0},
     }.items():
         with pytest.raises(ValueError, match=message):
