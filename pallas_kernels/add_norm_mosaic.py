@@ -17,6 +17,12 @@ from .early_launch import await_kernel_before, launch_kernel_after
 
 LANES = 128  # threads of a warpgroup: a row is spread over them evenly
 MAX_COLUMNS = 16384  # of a row that fits the registers of a warpgroup
+# Thread blocks if that makes their rows no more than these: the other multiprocessors are free for the product that
+# comes next, whose blocks may start early.
+BLOCKS, MOST_ROWS = 64, 4
+# Thread blocks at most, if that is no more than MOST_ROWS of 4096 columns each: the other multiprocessors are free for
+# the blocks of the product that comes next.
+BLOCKS, MOST_ROWS = 64, 4
 
 
 def check_add_norm_mosaic(columns: int) -> None:
@@ -34,7 +40,7 @@ def add_norm_mosaic(
     eps: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
-    """As `add_norm_reference`, one thread block a row, which reads everything once: XLA makes three kernels of it.
+    """As `add_norm_reference`, a thread block a row or a few, which reads all of it once: XLA makes three kernels of it.
 
     `interpret` runs the kernel on the CPU, for tests. Raises ValueError for a D that is no multiple of 128 or more than
     16384, and on JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, on a platform that is no NVIDIA
@@ -43,29 +49,36 @@ def add_norm_mosaic(
     check_add_norm(parts, residual, scale)
     check_add_norm_mosaic(residual.shape[1])
     shaped = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    rows = min(-(-residual.shape[0] // BLOCKS), max(1, MOST_ROWS * 4096 // residual.shape[1]))
     total, normed = plgpu.kernel(
-        bound(_add_norm_row, eps=eps, interpret=interpret),
+        bound(_add_norm_rows, rows=rows, eps=eps, interpret=interpret),
         out_type=(shaped, shaped),
-        grid=(residual.shape[0],),
-        grid_names=("row",),
+        grid=(-(-residual.shape[0] // rows),),
+        grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=mosaic_mode(interpret),
     )(parts, residual, scale)
     return total, normed
 
 
-def _add_norm_row(
-    parts: Any, residual: Any, scale: Any, total_ref: Any, normed_ref: Any, *, eps: float, interpret: bool
+def _add_norm_rows(
+    parts: Any, residual: Any, scale: Any, total_ref: Any, normed_ref: Any, *, rows: int, eps: float, interpret: bool
 ) -> None:
-    """Kernel body, one row. parts [S, R, D]; residual, total_ref, normed_ref [M, D]; scale [D]."""
+    """Kernel body, `rows` rows, by one warpgroup: Mosaic sums over several in the same memory. parts [S, R, D];
+    residual, total_ref, normed_ref [M, D]; scale [D]."""
     launch_kernel_after(interpret)
     await_kernel_before(interpret)
-    row = lax.axis_index("row")
-    total = residual[row].astype(jnp.float32)
-    for part in range(parts.shape[0]):
-        total = total + parts[part, row].astype(jnp.float32)
-    rounded = total.astype(total_ref.dtype)
-    total_ref[row] = rounded
-    wide = rounded.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.sum(wide * wide) / wide.shape[0] + eps)
-    normed_ref[row] = wide.astype(normed_ref.dtype) * scale[...]
+    last, totals = residual.shape[0] - 1, []
+    # The last block may do the last row again. All are read before any is written, so that memory is waited for once.
+    places = [jnp.minimum(lax.axis_index("block") * rows + i, last) for i in range(rows)]
+    for row in places:
+        total = residual[row].astype(jnp.float32)
+        for part in range(parts.shape[0]):
+            total = total + parts[part, row].astype(jnp.float32)
+        totals.append(total.astype(total_ref.dtype))
+    weight = scale[...]
+    for row, total in zip(places, totals, strict=True):
+        total_ref[row] = total
+        wide = total.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.sum(wide * wide) / wide.shape[0] + eps)
+        normed_ref[row] = wide.astype(normed_ref.dtype) * weight

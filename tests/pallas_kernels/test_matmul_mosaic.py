@@ -90,6 +90,15 @@ def test_addition_and_norm_equal_numpy(name: str, tiling: Tiling) -> None:
     assert relative_error(normed, exact_norm(total, scale, EPS)) <= 2 * TOLERANCE
 
 
+def test_blocks_of_several_rows_add_and_norm_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paddock.pallas_kernels.add_norm_mosaic.BLOCKS", 2)
+    parts, residual = operands(5, 128, 1)[0][None], operands(5, 128, 2)[0]
+    total, normed = ADD_NORM["mosaic"](parts, residual, residual[0], eps=EPS, interpret=True)
+    wanted = ADD_NORM["reference"](parts, residual, residual[0], eps=EPS)
+    np.testing.assert_array_equal(total, wanted[0])
+    np.testing.assert_allclose(normed.astype(np.float32), wanted[1].astype(np.float32), rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["reference", "mosaic"])
 def test_parts_are_added_and_normed(name: str) -> None:
     """Float32 parts with rows that do not count, onto rows that are fewer than theirs."""
