@@ -40,7 +40,7 @@ def add_norm_mosaic(
     eps: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
-    """As `add_norm_reference`, a thread block a row or a few, which reads all of it once: XLA makes three kernels of it.
+    """As `add_norm_reference`, a thread block a row or a few, all read once: XLA makes three kernels of it.
 
     `interpret` runs the kernel on the CPU, for tests. Raises ValueError for a D that is no multiple of 128 or more than
     16384, and on JAX older than 0.11 (but for `interpret`); and, from JAX's lowering, on a platform that is no NVIDIA
