@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from paddock.sharding import MeshConfig
 from paddock.sharding.memory import PlannedLayout
 
 from .build import Built, build
@@ -80,13 +81,18 @@ def fit(config: EngineConfig, layout: SweepLayout, cases: list[Case], num_cpu_de
 
     Raises ValueError naming what is wrong with the layout.
     """
-    if num_cpu_devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     config = layout.apply(config)
     text = config.layout_text
+    if num_cpu_devices is not None:
+        needed = MeshConfig.parse(text.mesh).num_devices
+        if num_cpu_devices < needed:
+            raise ValueError(f"--devices {num_cpu_devices} is fewer than the {needed} that the mesh {text.mesh} needs")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     prepare(config)
-    planned = PlannedLayout.of(text.mesh_config(jax.device_count()), text.rules)
+    mesh = text.mesh_config(jax.device_count())
+    mesh.check_count(jax.devices())
+    planned = PlannedLayout.of(mesh, text.rules)
     multiple = math.lcm(planned.num_shards("batch"), planned.num_shards("tokens"))
     batch = -(-max(case.batch_size for case in cases) // multiple) * multiple
     slots = config.max_num_seqs or batch
