@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from .sweep_plan import Sweep
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError naming the flag, the key of the file, or (with --explain) what is wrong with the layout."""
+    """Raises ValueError naming the flag, the key of the file, or (with --explain) what is wrong with the layout, and
+    RuntimeError when no layout ran or some gave other tokens."""
     sweep = Sweep.from_args(args)
     if args.explain:
         print(_explain(sweep))
         return 0
     from .sweep import Results, Runner, run_sweep
     from .sweep_html import write_html
-    from .sweep_report import sweep_table
+    from .sweep_report import shortcoming, sweep_table
 
     folder = Path(args.out)
     results = Results(folder / "rows.jsonl")
-    rows = run_sweep(sweep, results, Runner(folder / "logs", args.timeout), retry=args.retry_failed)
+    with _unwound_by_sigterm():
+        rows = run_sweep(sweep, results, Runner(folder / "logs", args.timeout), retry=args.retry_failed)
     write_html(rows, folder / "report.html")
     print(sweep_table(rows))
     print(f"\n{results.path}\n{folder / 'report.html'}", file=sys.stderr)
+    if text := shortcoming(rows):
+        raise RuntimeError(text)
     return 0
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does, and so the process of the layout that runs."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(sweep: Sweep) -> str:

@@ -35,6 +35,15 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([table, *(f"\n{label}: {status}: {error}" for (label, status), error in errors.items())])
 
 
+def shortcoming(rows: Sequence[dict[str, Any]]) -> str:
+    """What is wrong with a sweep as a whole, in one line; empty where nothing is. A layout that cannot be had beside
+    others that ran is a result."""
+    if not any(row["status"] == "ok" for row in rows):
+        return f"nothing ran: none of {len(rows)} rows is ok"
+    others = dict.fromkeys(row["label"] for row in rows if row["tokens_equal"] is False)
+    return f"tokens differ from the single device's: {', '.join(others)}" if others else ""
+
+
 def decode_traffic(row: dict[str, Any]) -> tuple[int, int]:
     """Collectives of a decode step, and the bytes that each device sends in it."""
     totals = row["collectives"]["decode"]

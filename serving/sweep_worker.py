@@ -1,5 +1,5 @@
-"""The process of one layout in a sweep: `python -m paddock.serving.sweep_worker` reads a job from standard input and
-writes a row for each case to standard output."""
+"""The process of one layout in a sweep: `python -m paddock.serving.sweep_worker` reads a job, one line, from standard
+input, which must stay open, and writes a row for each case to standard output."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from paddock.sharding.memory import PlannedLayout
 from .build import Built, build
 from .engine_config import CPU_TOKENS, GPU_TOKENS, EngineConfig
 from .explain import array_kinds, device_bytes, slices, step_collectives, temp_bytes
+from .lifeline import end_with_parent
 from .platform import prepare
 from .resolve import Resolved
 from .sweep_measure import copy_bandwidth, decode_bytes, headroom, measure
@@ -41,7 +42,8 @@ def main() -> int:
             channel.write(json.dumps(row) + "\n")
             channel.flush()
 
-        job = json.load(sys.stdin)
+        job = json.loads(sys.stdin.readline())
+        end_with_parent()
         cases = [Case(**case) for case in job["cases"]]
         run_layout(EngineConfig(**job["config"]), SweepLayout(**job["layout"]), cases, job["num_cpu_devices"], emit)
     return 0

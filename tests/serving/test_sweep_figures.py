@@ -9,7 +9,7 @@ from typing import Any
 
 from paddock.serving.sweep_figures import memory_figure, pareto, slice_figure, speed_figure, traffic_figure
 from paddock.serving.sweep_html import write_html
-from paddock.serving.sweep_report import sweep_table
+from paddock.serving.sweep_report import shortcoming, sweep_table
 
 TOTAL = {"kind": "all-reduce", "part": "layers/mlp", "in_loop": False, "group_size": 2, "num_bytes": 1024}
 
@@ -113,6 +113,13 @@ def test_table():
     assert lines[2].split()[-5:] == ["250", "2.5", "800", "75%", "yes"]
     assert lines[3].split()[-4:] == ["n/a", "1", "of", "2"]
     assert lines[-1] == "x=</script>: refused: mesh x"
+
+
+def test_a_sweep_without_a_result_or_with_other_tokens_falls_short():
+    assert shortcoming([row("a", 1, 1), FAILED]) == ""
+    assert shortcoming([FAILED, FAILED]) == "nothing ran: none of 2 rows is ok"
+    others = [row(label, 1, 1, tokens_equal=False) for label in ("b", "b", "c")]
+    assert shortcoming([row("a", 1, 1), *others, FAILED]) == "tokens differ from the single device's: b, c"
 
 
 def test_page_holds_all_it_needs(tmp_path: Path):
