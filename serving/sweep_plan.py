@@ -15,6 +15,8 @@ from .engine_config import EngineConfig
 
 # Keys of a sweep's file and attributes of its flags, with what is taken where neither says.
 SIZES: dict[str, Any] = {"batch_sizes": [8], "input_lens": [128], "output_len": 32}
+# Of what a row holds: one more whenever that changes, so that rows of before are run again and not misread.
+ROW_FORMAT = 2
 LAYOUT_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "mesh", "rules", "layout")
 
 
@@ -114,7 +116,8 @@ class Sweep:
         settings = dataclasses.asdict(self.config)
         for name in (*LAYOUT_FIELDS, "compile_cache_dir", "served_model_name"):
             settings.pop(name)
-        said = [settings, layout.mesh, layout.rules, layout.preset, dataclasses.astuple(case), self.num_cpu_devices]
+        asked = [layout.mesh, layout.rules, layout.preset, dataclasses.astuple(case), self.num_cpu_devices]
+        said = [ROW_FORMAT, settings, *asked]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -129,6 +129,7 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "num_devices": resolved.plan.layout.mesh.size * len(replicas),
+        "slots": resolved.plan.num_slots * len(replicas),
         "dtype": resolved.dtype,
         "resolved_mesh": {name: int(size) for name, size in resolved.plan.layout.mesh.shape.items()},
         "resolved_rules": str(resolved.plan.layout.rules),
@@ -140,8 +141,10 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
 def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str, Any]:
     found = measure(replicas, case)
     built = replicas[0]
-    steps = {str(bucket): program for bucket, program in built.executor.compiled.items()}
-    programs = {"prefill": steps[found.prefill_bucket], "decode": steps[found.decode_bucket]}
+    buckets = {str(bucket): bucket for bucket in built.executor.compiled}
+    steps = {"prefill": buckets[found.prefill_bucket], "decode": buckets[found.decode_bucket]}
+    programs = {name: built.executor.compiled[bucket] for name, bucket in steps.items()}
+    at_once = built.resolved.plan.stages.count * len(replicas)
     temp = max(map(temp_bytes, programs.values()))
     ideal = None if bandwidth is None else decode_bytes(built, case, len(replicas)) / bandwidth
     return {
@@ -155,6 +158,7 @@ def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str
         "prefill_seconds": found.prefill_seconds,
         "prefill_tokens_per_second": case.batch_size * case.input_len / found.prefill_seconds,
         "decode_seconds": found.decode_seconds,
+        "decode_rows": steps["decode"].decodes * at_once if found.decode_seconds else None,
         "decode_tokens_per_second": case.batch_size / found.decode_seconds if found.decode_seconds else None,
         "copy_bytes_per_second": bandwidth,
         "roofline": ideal / found.decode_seconds if ideal and found.decode_seconds else None,

@@ -43,6 +43,7 @@ def row(label: str, ms: float, rate: float, **fields: Any) -> dict[str, Any]:
         "collectives": {"prefill": [], "decode": [{**TOTAL, "count": 4, "sent_bytes": 4096}]},
         "prefill_seconds": 0.25,
         "decode_seconds": ms / 1000,
+        "decode_rows": 2,
         "decode_tokens_per_second": rate,
         "roofline": None,
         "tokens_equal": True,
@@ -113,6 +114,12 @@ def test_table():
     assert lines[2].split()[-5:] == ["250", "2.5", "800", "75%", "yes"]
     assert lines[3].split()[-4:] == ["n/a", "1", "of", "2"]
     assert lines[-1] == "x=</script>: refused: mesh x"
+
+
+def test_the_table_tells_a_batch_that_is_padded():
+    even, padded = sweep_table([row("a", 2, 1), row("b", 2, 1, decode_rows=8)]).splitlines()[2:]
+    assert even.split()[:5] == ["a", "4", "2", "8", "ok"]
+    assert padded.split()[:7] == ["b", "4", "2", "(8", "rows)", "8", "ok"]
 
 
 def test_a_sweep_without_a_result_or_with_other_tokens_falls_short():
