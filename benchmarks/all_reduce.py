@@ -2,7 +2,7 @@
 
     python benchmarks/all_reduce.py
     python benchmarks/all_reduce.py --implementations reference
-    python benchmarks/all_reduce.py --implementations reference --kib 8 64 --calls 4    (on a CPU)
+    python benchmarks/all_reduce.py --implementations reference --kib 8 64 --calls 4    (on a CPU: four virtual devices)
 
 Rows are of a model's width (--width), in bfloat16. `norm` is the all-reduce with residual addition and norm after it:
 one kernel, or XLA's collective and what XLA makes of the rest. The reference is NCCL, and with
@@ -22,13 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import require_gpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from offline import report
 
 from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape
 from paddock.serving.mailboxes import Mailboxes
+from paddock.serving.platform import make_cpu_devices
 
 AXIS = "tensor"
+CPU_DEVICES = 4
 
 
 def programs(mesh: Mesh, name: str, calls: int, width: int) -> dict[str, Callable[..., Any]]:
@@ -71,6 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--implementations", nargs="+", choices=sorted(ALL_REDUCE), default=["mosaic", "reference"])
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args(argv)
+    make_cpu_devices(CPU_DEVICES)
+    if "mosaic" in args.implementations:
+        require_gpu("--implementations mosaic")
+    if len(jax.devices()) < 2:
+        raise SystemExit("an all-reduce needs two devices or more, but there is one")
     mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
     boxes, rows = Mailboxes.open(mesh, [AXIS]), []
     for kib in args.kib:

@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import require_gpu
 
 CASES = "64x2048,256x1024,8x4096,1x32768,64x256"
 CALLS = 16  # in one program
@@ -206,7 +208,7 @@ def measurements(cases: list[Case], rivals: list[str], copy: float) -> Iterator[
             yield row | {"microseconds": seconds * 1e6, "gb_per_s": bandwidth, "share_of_copy": bandwidth / copy}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=CASES, help="BxS,..: sequences x tokens each")
     parser.add_argument("--rivals", default=",".join(RIVALS), help="what to measure beside ours; empty: nothing")
@@ -214,11 +216,14 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=64)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     shape = options.heads, options.kv_heads, options.head_dim, options.page_size
-    sizes = (tuple(map(int, case.split("x"))) for case in options.cases.split(","))
-    cases = [Case(batch, tokens, *shape) for batch, tokens in sizes]
+    sizes = [re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", case) for case in options.cases.split(",")]
+    if not all(sizes):
+        parser.error(f"--cases must be of the form BxS,.. as in 64x2048,1x32768: got {options.cases!r}")
+    cases = [Case(*map(int, size.groups()), *shape) for size in sizes if size]
+    require_gpu("attention.py")
     device = jax.devices()[0].device_kind
     copy = copy_bandwidth()
     print(f"{device}, JAX {jax.__version__}: copy {copy:,.0f} GB/s (read + write)")

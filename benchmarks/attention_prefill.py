@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import require_gpu
 
 PREFIXES = "+".join(f"256@{256 + 2048 * i // 15}" for i in range(16))
 CASES = f"4096,16384,{PREFIXES},2048@16384"
@@ -74,8 +76,10 @@ def parse_case(text: str, shape: dict[str, int]) -> Case:
     """The case written as N, N@S, parts joined by +, each after an optional K*. Raises ValueError."""
     chunks: list[tuple[int, int]] = []
     for part in text.split("+"):
-        repeat, _, chunk = part.rpartition("*")
-        length, _, total = chunk.partition("@")
+        found = re.fullmatch(r"(?:(\d+)\*)?(\d+)(?:@(\d+))?", part)
+        if found is None:
+            raise ValueError(f"{part!r} is not of the form N, N@S or K*N@S, as in 16*256@2048")
+        repeat, length, total = found.groups()
         chunks += [(int(length), int(total or length))] * int(repeat or 1)
     if any(not 0 < length <= total for length, total in chunks):
         raise ValueError(f"a chunk N@S needs 0 < N <= S: got {text!r}")
@@ -196,7 +200,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rivals", default="blocked,fa3", help="comma-separated, or empty (default: %(default)s)")
     args = parser.parse_args(argv)
     shape = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "page_size")}
-    cases = [parse_case(text, shape) for text in args.cases.split(",")]
+    try:
+        cases = [parse_case(text, shape) for text in args.cases.split(",")]
+    except ValueError as error:
+        parser.error(f"--cases: {error}")
+    require_gpu("attention_prefill.py")
     device = jax.devices()[0].device_kind
     rate = product_rate()
     print(f"{device}, JAX {jax.__version__}; product of two {PRODUCT} x {PRODUCT}: {rate:.0f} TFLOP/s")

@@ -20,6 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 
 import jax
 import jax.numpy as jnp
+from devices import require_gpu
 from offline import copy_bandwidth, report
 
 from paddock.model import Dims, LlamaConfig
@@ -95,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     unknown = sorted(set(args.products or ()) - set(table))
     if unknown:
         parser.error(f"--products must be some of {', '.join(table)}: got {unknown[0]}")
+    if "mosaic" in args.implementations:
+        require_gpu("--implementations mosaic")
     bandwidth, with_torch, rows = copy_bandwidth(), has_torch(), []
     for name in args.products or table:
         shape, arguments = table[name]

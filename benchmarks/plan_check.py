@@ -6,7 +6,8 @@
 For each case (a shape, cut to a number of layers, over a mesh) one engine is built with the steps of its points alone.
 A decode point is the time until each sequence has one more token, a prompt's is from its arrival to its first token.
 Steps that the profile was fitted to may not be among them. What fails is a row that says so; with --results every other
-row is kept in that file, and a run that finds it there does not repeat it. The last line is JSON.
+row is kept in that file, and a run that finds it there does not repeat it. The last line is JSON; the exit code is 1
+where every row failed.
 """
 
 from __future__ import annotations
@@ -112,10 +113,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="start no case later than this")
     parser.add_argument("--compile-cache-dir", metavar="DIR")
     args = parser.parse_args(argv)
-    run(CASES[args.devices], args)
+    rows = run(CASES[args.devices], args)
+    if all(row["failed"] for row in rows):
+        raise SystemExit(f"none of {len(rows)} points was measured")
 
 
-def run(cases: list[Case], args: argparse.Namespace, **options: Any) -> None:
+def run(cases: list[Case], args: argparse.Namespace, **options: Any) -> list[Row]:
     start = time.perf_counter()
     rows = _read(args.results)
     for case in cases:
@@ -128,7 +131,9 @@ def run(cases: list[Case], args: argparse.Namespace, **options: Any) -> None:
             found = list(_rows(case, left, args, options))
         for row in found:
             rows[row["case"], row["kind"], row["count"], row["context"]] = row
-    report([rows[case.name, *point] for case in cases for point in case.points()])
+    found = [rows[case.name, *point] for case in cases for point in case.points()]
+    report(found)
+    return found
 
 
 def _rows(case: Case, points: list[tuple[str, int, int]], args: argparse.Namespace, options: Row) -> Iterator[Row]:

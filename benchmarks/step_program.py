@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from devices import require_gpu
 from offline import report
 
 from paddock.checkpoints import load
@@ -28,6 +29,7 @@ from paddock.model import reduction_axes
 from paddock.model.shapes import SHAPES
 from paddock.serving.bucket import Bucket
 from paddock.serving.mailboxes import Mailboxes
+from paddock.serving.platform import make_cpu_devices
 from paddock.serving.programs import Programs
 from paddock.serving.resolve import plan_steps
 from paddock.serving.step_products import MAILBOXES
@@ -49,13 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=40)
     args = parser.parse_args(argv)
     mesh, model = MeshConfig.parse(args.mesh), SHAPES[args.model]
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_num_cpu_devices", mesh.num_devices)
+    reductions = args.all_reduce or (["xla", "mosaic"] if mesh.num_devices > 1 else ["xla"])
+    make_cpu_devices(mesh.num_devices)
+    if "mosaic" in {*reductions, *args.products, *args.add_norm}:
+        require_gpu("mosaic")
     layout = Layout.build(args.mesh)
     dtype = "float32" if layout.mesh.devices.flat[0].platform == "cpu" else model.dtype
     slots = max(args.batch_sizes)
     sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_seqs": slots, "max_num_batched_tokens": 8 * slots}
-    reductions = args.all_reduce or (["xla", "mosaic"] if mesh.num_devices > 1 else ["xla"])
     params, rows = load(Path(), model, layout, dtype, "dummy", seed=0), []
     for reduction, products, norm in itertools.product(reductions, args.products, args.add_norm):
         entries = {"all_reduce": reduction, "products": products, "add_norm": norm}

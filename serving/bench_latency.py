@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bench_profile
 from .bench_offline import run_jobs
-from .bench_profile import profile
 from .bench_report import Timing, report, spread, summary
 from .bench_workload import Workload, parse_lengths
 from .cli_engine import running_engine
@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError for lengths that the model does not take."""
+    """Raises ValueError for lengths that the model does not take, and for what cannot be profiled."""
     lengths = parse_lengths(args.input_len, "--input-len"), parse_lengths(args.output_len, "--output-len")
     workload = Workload(args.batch_size, *lengths)
     if args.num_iters < 1 or args.num_iters_warmup < 0:
         raise ValueError("--num-iters must be at least 1 and --num-iters-warmup at least 0")
+    jobs, folder = workload.jobs(args.seed), Path(args.profile) if args.profile else None
+    if folder is not None:
+        bench_profile.check(jobs, folder)
     with running_engine(engine_config(args)) as engine:
+        if folder is not None:
+            bench_profile.decode_bucket(engine, len(jobs))  # refuses what has no one step to look at
         result = measure(engine, workload, args.num_iters, args.num_iters_warmup, args.seed)
-        if args.profile:
-            result |= profile(engine, workload.jobs(args.seed), args.seed, Path(args.profile))
+        if folder is not None:
+            result |= bench_profile.profile(engine, jobs, args.seed, folder)
         head = {"benchmark": "latency", "model": engine.model_name, "device": describe_devices()}
         report(f"Latency of {engine.model_name}", {**head, **result})
     return 0

@@ -20,16 +20,23 @@ AS_USUAL = {"xla_enable_command_buffers_during_profiling": True}
 NUM_GAPS = 5
 
 
+def check(jobs: Sequence[Job], folder: Path) -> None:
+    """Raises ValueError, before there is an engine, when `folder` holds a profile or the jobs are too short for one."""
+    from .step_trace import shortest_output
+
+    if any(folder.rglob("*.xplane.pb")):
+        raise ValueError(f"--profile: {folder} holds a profile already")
+    shortest_output(jobs)
+
+
 def profile(engine: Front, jobs: Sequence[Job], seed: int, folder: Path) -> dict[str, Any]:
     """Profiles decode steps of `jobs`, all running together, prints the table and returns what goes into the JSON.
 
-    Writes to `folder`/parts and on a GPU `folder`/idle, which must not hold profiles yet: ValueError otherwise.
+    Writes to `folder`/parts and on a GPU `folder`/idle. What `check` and `decode_bucket` refuse cannot be profiled.
     """
     from .step_parts import part_floors, part_of_instruction, parts_of, parts_table
     from .step_trace import SETTLE, STEPS, StepTrace, record
 
-    if any(folder.rglob("*.xplane.pb")):
-        raise ValueError(f"--profile: {folder} holds a profile already")
     draw = random.Random(seed)
     prompts = [random_prompt(job, engine.vocab_size, draw) for job in jobs]
     executor = engine.replicas[0].executor

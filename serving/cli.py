@@ -169,7 +169,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     )
     group.add_argument("--retry-failed", action="store_true", help="run again what failed before")
     group.add_argument(
-        "--explain", action="store_true", help="say what --mesh, --rules, --layout do to each array; run nothing"
+        "--explain", action="store_true", help="say what the one layout given does to each array; run nothing"
     )
     add_engine_flags(parser)
 

@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from .cli_flags import engine_config
-from .sweep_plan import Case, Sweep, SweepLayout
+from .sweep_plan import Sweep
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError naming the flag, the key of the file, or (with --explain) what is wrong with the layout."""
+    """Raises ValueError naming the flag, the key of the file, or (with --explain) what is wrong with the layout, and
+    RuntimeError when no layout ran or some gave other tokens."""
+    sweep = Sweep.from_args(args)
     if args.explain:
-        print(_explain(args))
+        print(_explain(sweep))
         return 0
     from .sweep import Results, Runner, run_sweep
     from .sweep_html import write_html
-    from .sweep_report import sweep_table
+    from .sweep_report import shortcoming, sweep_table
 
-    sweep = Sweep.from_args(args)
     folder = Path(args.out)
     results = Results(folder / "rows.jsonl")
-    rows = run_sweep(sweep, results, Runner(folder / "logs", args.timeout), retry=args.retry_failed)
+    with _unwound_by_sigterm():
+        rows = run_sweep(sweep, results, Runner(folder / "logs", args.timeout), retry=args.retry_failed)
     write_html(rows, folder / "report.html")
     print(sweep_table(rows))
     print(f"\n{results.path}\n{folder / 'report.html'}", file=sys.stderr)
+    if text := shortcoming(rows):
+        raise RuntimeError(text)
     return 0
 
 
-def _explain(args: argparse.Namespace) -> str:
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does, and so the process of the layout that runs."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _explain(sweep: Sweep) -> str:
+    """Of the one layout that was asked for, in whatever spelling; of the single device where none was."""
+    import jax
+
     from .explain import explain, step_buckets
     from .resolve import resolve
     from .sweep_worker import fit
 
-    config = engine_config(args)
-    lengths = args.input_lens or [128]
-    cases = [Case(batch, length, args.output_len or 32) for batch in args.batch_sizes or [8] for length in lengths]
-    layout = SweepLayout(config.layout_text.mesh, config.rules, config.layout)
-    programs = resolve(fit(config, layout, cases, args.devices), must_fit=False).programs
-    compiled = {name: programs.lower(bucket).compile() for name, bucket in step_buckets(programs).items()}
-    return explain(programs, compiled)
+    layout, *others = sweep.layouts[1:] or sweep.layouts
+    if others:
+        labels = ", ".join(layout.label for layout in sweep.layouts[1:])
+        raise ValueError(f"--explain takes one layout at a time, but there are {len(others) + 1}: {labels}")
+    config = fit(sweep.config, layout, list(sweep.cases), sweep.num_cpu_devices)
+    programs = resolve(config, must_fit=False).programs
+    compiled = {bucket: programs.lower(bucket).compile() for bucket in step_buckets(programs).values()}
+    return explain(config.layout_text.mesh_config(jax.device_count()), programs, compiled)

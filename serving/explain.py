@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from paddock.model import slot_specs
-from paddock.sharding import ArraySpec, Layout, Total, read_collectives, summarize
+from paddock.sharding import ArraySpec, Layout, MeshConfig, Total, read_collectives, summarize
 from paddock.sharding.memory import DeviceBytes, show_bytes
 
 from .bucket import Bucket
@@ -43,8 +43,11 @@ class ArrayKind:
 
 
 def step_buckets(programs: Programs) -> dict[str, Bucket]:
-    """The largest step that decodes alone and the largest of prompts alone."""
+    """The largest step that decodes alone and the largest of prompts alone; both are the one step that there is where
+    an engine is deterministic."""
     table = programs.buckets
+    if table.single:
+        return dict.fromkeys(("decode", "prefill"), table.all()[0])
     return {
         "decode": Bucket(table.decodes[-1], 0, 0, table.full),
         "prefill": Bucket(0, table.chunk_tokens[-1], table.max_chunks, table.full),
@@ -114,12 +117,13 @@ def _slices(name: str, spec: ArraySpec, layout: Layout) -> dict[str, Any]:
     }
 
 
-def explain(programs: Programs, compiled: Mapping[str, jax.stages.Compiled]) -> str:
-    """The whole text; `compiled` holds the steps to read collectives from, by name."""
+def explain(mesh: MeshConfig, programs: Programs, compiled: Mapping[Bucket, jax.stages.Compiled]) -> str:
+    """The whole text. `mesh` is all of it, `programs` are those of one replica, and `compiled` holds the steps to read
+    collectives from."""
     kinds = array_kinds(programs)
     temp = max(map(temp_bytes, compiled.values()))
     parts = [
-        _title(programs),
+        _title(mesh, programs),
         text_table(("logical axis", "mesh axes", "shards"), _axes(programs.plan.layout)),
         text_table(
             ("kind", "array", "count", "axes", "shape", "on each device", "bytes per device"),
@@ -131,14 +135,16 @@ def explain(programs: Programs, compiled: Mapping[str, jax.stages.Compiled]) -> 
         f"On each device: {device_bytes(kinds, temp)}"
         + (" (XLA's CPU compiler asks for far more temp than a GPU's)" if _on_cpu(programs.plan.layout) else ""),
     ]
-    return "\n\n".join([*parts, *(_collectives(name, program) for name, program in compiled.items())])
+    return "\n\n".join([*parts, *(_collectives(bucket, program) for bucket, program in compiled.items())])
 
 
-def _title(programs: Programs) -> str:
-    plan = programs.plan
-    sizes = ", ".join(f"{name}={size}" for name, size in plan.layout.mesh.shape.items())
+def _title(mesh: MeshConfig, programs: Programs) -> str:
+    plan, replicas = programs.plan, mesh.num_replicas
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.axes)
+    of_one = f" in {replicas} replicas; what follows is of one" if replicas > 1 else ""
     stages = f", {plan.stages.count} stages of {plan.stages.num_slots} layers" if plan.stages.count > 1 else ""
-    return f"mesh {sizes} ({plan.layout.mesh.size} devices), {plan.config.num_layers} layers{stages}, {plan.dtype}"
+    where = f"mesh {sizes} ({mesh.num_devices} devices{of_one})" if mesh.num_devices > 1 else "one device"
+    return f"{where}, {plan.config.num_layers} layers{stages}, {plan.dtype}"
 
 
 def _axes(layout: Layout) -> Iterator[tuple[str, str, int]]:
@@ -147,17 +153,24 @@ def _axes(layout: Layout) -> Iterator[tuple[str, str, int]]:
         yield field.name, "+".join(mesh_axes) or "(whole)", layout.size_of(mesh_axes)
 
 
-def _collectives(name: str, compiled: jax.stages.Compiled) -> str:
-    totals = step_collectives(compiled)
+def _collectives(bucket: Bucket, compiled: jax.stages.Compiled) -> str:
+    totals, name = step_collectives(compiled), _step_name(bucket)
     if not totals:
-        return f"{name} step: no collectives"
+        return f"{name}: no collectives"
     rows = [
         ((t.part or "(other)") + (" (in a loop)" if t.in_loop else ""), t.kind, t.count, t.group_size, *_sizes(t))
         for t in totals
     ]
     count, sent = sum(t.count for t in totals), sum(t.sent_bytes for t in totals)
     head = ("part", "collective", "count", "devices", "bytes", "sent by each")
-    return f"{name} step: {count} collectives, each device sends {show_bytes(sent)}\n" + text_table(head, rows)
+    return f"{name}: {count} collectives, each device sends {show_bytes(sent)}\n" + text_table(head, rows)
+
+
+def _step_name(bucket: Bucket) -> str:
+    prompts = f"{bucket.chunk_tokens} tokens in at most {bucket.chunks} prompts"
+    if not bucket.chunk_tokens:
+        return f"decode step of {bucket.decodes} sequences"
+    return f"step of {bucket.decodes} sequences and {prompts}" if bucket.decodes else f"prefill step of {prompts}"
 
 
 def _sizes(total: Total) -> tuple[str, str]:

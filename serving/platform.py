@@ -52,12 +52,17 @@ def prepare(config: EngineConfig) -> None:
     _set_devices(config, devices)
 
 
-def _set_devices(config: EngineConfig, devices: int) -> None:
-    os.environ.setdefault(_FRACTION, str(config.gpu_memory_utilization))
+def make_cpu_devices(count: int) -> None:
+    """Virtual ones, which are used where JAX then starts on a CPU; a number that the user set is left alone."""
     count_given = jax.config.jax_num_cpu_devices > 0  # type: ignore[attr-defined]
     asked = count_given or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if devices > 1 and not asked:
-        jax.config.update("jax_num_cpu_devices", devices)
+    if count > 1 and not asked:
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _set_devices(config: EngineConfig, devices: int) -> None:
+    os.environ.setdefault(_FRACTION, str(config.gpu_memory_utilization))
+    make_cpu_devices(devices)
 
 
 def _join(config: EngineConfig, processes: Processes) -> None:

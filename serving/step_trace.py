@@ -38,12 +38,18 @@ class Kernel:
     busy_ns: float
 
 
-def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], folder: Path) -> None:
-    """Run `jobs` with a profile of STEPS decode steps, fewer where the outputs end, without Python's frames, written to
-    `folder`. Raises ValueError when they are too short for it."""
+def shortest_output(jobs: Sequence[Job]) -> int:
+    """In tokens. Raises ValueError when it is too short for a profile."""
     least = min(job.output_len for job in jobs)
     if least < 2 * SETTLE:
         raise ValueError(f"a profile needs outputs of {2 * SETTLE} tokens and more, got {least}")
+    return least
+
+
+def record(engine: Front, jobs: Sequence[Job], prompts: Sequence[list[int]], folder: Path) -> None:
+    """Run `jobs` with a profile of STEPS decode steps, fewer where the outputs end, without Python's frames, written to
+    `folder`. Raises ValueError as `shortest_output` does."""
+    least = shortest_output(jobs)
     settled, ending = threading.Event(), threading.Event()
     seen, until = 0, least - 2
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class Runner:
     timeout: float
     worker: Sequence[str] = WORKER
 
-    def run(self, sweep: Sweep, layout: SweepLayout, cases: Sequence[Case]) -> Iterator[tuple[Case, Row]]:
-        """A row for every case, whatever happens to the process."""
+    def run(self, sweep: Sweep, layout: SweepLayout, cases: Sequence[Case]) -> Generator[tuple[Case, Row], None, None]:
+        """A row for every case, whatever happens to the process, which ends when this is closed."""
         job = {
             "config": dataclasses.asdict(sweep.config),
             "layout": dataclasses.asdict(layout),
@@ -92,9 +92,13 @@ class Runner:
 def _answers(process: subprocess.Popen[str], job: Row) -> Iterator[str]:
     assert process.stdin
     assert process.stdout
-    # One that died at once reads nothing: its exit code tells.
-    with contextlib.suppress(BrokenPipeError), process.stdin:
-        json.dump(job, process.stdin)
+    try:
+        # Left open: a process whose input ends has lost its parent.
+        print(json.dumps(job), file=process.stdin, flush=True)
+    except BrokenPipeError:
+        # One that died at once reads nothing: its exit code tells.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
     yield from process.stdout
 
 
@@ -124,11 +128,14 @@ def run_sweep(
     total = len(sweep.layouts) * len(sweep.cases)
     with tqdm(total=total, initial=total - sum(map(len, wanted.values())), unit="row", disable=not progress) as bar:
         for layout, cases in wanted.items():
+            if not cases:
+                continue
             bar.set_description(layout.label)
-            for case, row in runner.run(sweep, layout, cases) if cases else ():
-                reference = results.rows.get(sweep.key(sweep.layouts[0], case), {})
-                results.add({**_head(sweep, layout, case), **row, **compare(row, reference, layout)})
-                bar.update()
+            with contextlib.closing(runner.run(sweep, layout, cases)) as found:
+                for case, row in found:
+                    reference = results.rows.get(sweep.key(sweep.layouts[0], case), {})
+                    results.add({**_head(sweep, layout, case), **row, **compare(row, reference, layout)})
+                    bar.update()
     return [results.rows[sweep.key(layout, case)] for layout in sweep.layouts for case in sweep.cases]
 
 

@@ -13,6 +13,10 @@ from typing import Any
 from .cli_flags import engine_config
 from .engine_config import EngineConfig
 
+# Keys of a sweep's file and attributes of its flags, with what is taken where neither says.
+SIZES: dict[str, Any] = {"batch_sizes": [8], "input_lens": [128], "output_len": 32}
+# Of what a row holds: one more whenever that changes, so that rows of before are run again and not misread.
+ROW_FORMAT = 2
 LAYOUT_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "mesh", "rules", "layout")
 
 
@@ -72,33 +76,39 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Every layout with every case, on the devices there are or on `num_cpu_devices` virtual ones."""
+    """Every layout with every case, on the devices there are or on `num_cpu_devices` virtual ones. The first layout is
+    the single device that the others, those asked for, are compared with. Raises ValueError naming the flag."""
 
     config: EngineConfig
     layouts: tuple[SweepLayout, ...]
     cases: tuple[Case, ...]
     num_cpu_devices: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_cpu_devices is not None and self.num_cpu_devices < 1:
+            raise ValueError(f"--devices must be at least 1, got {self.num_cpu_devices}")
+
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Sweep:
-        """From the flags, over what the file of --config says. The single device that others are compared with comes
-        first. Raises ValueError naming the flag or the file's key that is wrong."""
+        """From the flags, over what the file of --config says. Raises ValueError naming the flag or the file's key that
+        is wrong."""
         config = engine_config(args)
         file = _read(Path(args.config)) if args.config else {}
         listed = [SweepLayout(config.mesh or config.layout_text.mesh, config.rules, config.layout)]
         listed += [SweepLayout(mesh=mesh) for mesh in args.meshes]
         listed += [SweepLayout(preset=preset) for preset in args.presets]
         listed += [SweepLayout.parse(text) for text in args.layouts]
-        listed += [SweepLayout.from_table(table, where=args.config) for table in file.get("layout", [])]
+        listed += [SweepLayout.from_table(table, where=f"sweep file {args.config}") for table in file.get("layout", [])]
         layouts = [layout for layout in dict.fromkeys(listed) if not layout.is_single_device]
-        if not layouts:
+        if not layouts and not args.explain:
             raise ValueError("sweep needs layouts: --meshes, --presets, --layouts, --config, or --mesh and --rules")
-        (output_len,) = _listed([args.output_len or file.get("output_len", 32)], "output_len")
-        cases = [
-            Case(batch_size, input_len, output_len)
-            for input_len in _listed(args.input_lens or file.get("input_lens", [128]), "input_lens")
-            for batch_size in _listed(args.batch_sizes or file.get("batch_sizes", [8]), "batch_sizes")
-        ]
+        sizes = {name: file.get(name, default) for name, default in SIZES.items()}
+        sizes |= {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+        cases = dict.fromkeys(
+            Case(batch_size, input_len, sizes["output_len"])
+            for input_len in sizes["input_lens"]
+            for batch_size in sizes["batch_sizes"]
+        )
         return cls(config, (SweepLayout(), *layouts), tuple(cases), args.devices)
 
     def key(self, layout: SweepLayout, case: Case) -> str:
@@ -106,7 +116,8 @@ class Sweep:
         settings = dataclasses.asdict(self.config)
         for name in (*LAYOUT_FIELDS, "compile_cache_dir", "served_model_name"):
             settings.pop(name)
-        said = [settings, layout.mesh, layout.rules, layout.preset, dataclasses.astuple(case), self.num_cpu_devices]
+        asked = [layout.mesh, layout.rules, layout.preset, dataclasses.astuple(case), self.num_cpu_devices]
+        said = [ROW_FORMAT, settings, *asked]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -123,17 +134,25 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    where = f"sweep file {path}"
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"sweep file {path}: {error}") from error
-    known = ("layout", "batch_sizes", "input_lens", "output_len")
+        raise ValueError(f"{where}: {error}") from error
+    known = ("layout", *SIZES)
     if unknown := sorted(set(raw) - set(known)):
-        raise ValueError(f"sweep file {path}: unknown key {unknown[0]!r}; there are {', '.join(known)}")
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; there are {', '.join(known)}")
+    for key, value in raw.items():
+        if key == "layout":
+            kind, fits = "tables, each under [[layout]]", _is_list_of(dict, value)
+        elif isinstance(SIZES[key], list):
+            kind, fits = "a list of whole numbers", _is_list_of(int, value)
+        else:
+            kind, fits = "a whole number", type(value) is int
+        if not fits:
+            raise ValueError(f"{where}: {key} must be {kind}, got {value!r}")
     return raw
 
 
-def _listed(value: Any, name: str) -> list[int]:
-    if not isinstance(value, list) or not value or not all(isinstance(n, int) for n in value):
-        raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
-    return list(dict.fromkeys(value))
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is kind for item in value)

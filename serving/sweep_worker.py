@@ -1,5 +1,5 @@
-"""The process of one layout in a sweep: `python -m paddock.serving.sweep_worker` reads a job from standard input and
-writes a row for each case to standard output."""
+"""The process of one layout in a sweep: `python -m paddock.serving.sweep_worker` reads a job, one line, from standard
+input, which must stay open, and writes a row for each case to standard output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 
+from paddock.sharding import MeshConfig
 from paddock.sharding.memory import PlannedLayout
 
 from .build import Built, build
 from .engine_config import CPU_TOKENS, GPU_TOKENS, EngineConfig
 from .explain import array_kinds, device_bytes, slices, step_collectives, temp_bytes
+from .lifeline import end_with_parent
 from .platform import prepare
 from .resolve import Resolved
 from .sweep_measure import copy_bandwidth, decode_bytes, headroom, measure
@@ -40,7 +42,8 @@ def main() -> int:
             channel.write(json.dumps(row) + "\n")
             channel.flush()
 
-        job = json.load(sys.stdin)
+        job = json.loads(sys.stdin.readline())
+        end_with_parent()
         cases = [Case(**case) for case in job["cases"]]
         run_layout(EngineConfig(**job["config"]), SweepLayout(**job["layout"]), cases, job["num_cpu_devices"], emit)
     return 0
@@ -80,13 +83,18 @@ def fit(config: EngineConfig, layout: SweepLayout, cases: list[Case], num_cpu_de
 
     Raises ValueError naming what is wrong with the layout.
     """
-    if num_cpu_devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     config = layout.apply(config)
     text = config.layout_text
+    if num_cpu_devices is not None:
+        needed = MeshConfig.parse(text.mesh).num_devices
+        if num_cpu_devices < needed:
+            raise ValueError(f"--devices {num_cpu_devices} is fewer than the {needed} that the mesh {text.mesh} needs")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     prepare(config)
-    planned = PlannedLayout.of(text.mesh_config(jax.device_count()), text.rules)
+    mesh = text.mesh_config(jax.device_count())
+    mesh.check_count(jax.devices())
+    planned = PlannedLayout.of(mesh, text.rules)
     multiple = math.lcm(planned.num_shards("batch"), planned.num_shards("tokens"))
     batch = -(-max(case.batch_size for case in cases) // multiple) * multiple
     slots = config.max_num_seqs or batch
@@ -121,6 +129,7 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "num_devices": resolved.plan.layout.mesh.size * len(replicas),
+        "slots": resolved.plan.num_slots * len(replicas),
         "dtype": resolved.dtype,
         "resolved_mesh": {name: int(size) for name, size in resolved.plan.layout.mesh.shape.items()},
         "resolved_rules": str(resolved.plan.layout.rules),
@@ -132,8 +141,10 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
 def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str, Any]:
     found = measure(replicas, case)
     built = replicas[0]
-    steps = {str(bucket): program for bucket, program in built.executor.compiled.items()}
-    programs = {"prefill": steps[found.prefill_bucket], "decode": steps[found.decode_bucket]}
+    buckets = {str(bucket): bucket for bucket in built.executor.compiled}
+    steps = {"prefill": buckets[found.prefill_bucket], "decode": buckets[found.decode_bucket]}
+    programs = {name: built.executor.compiled[bucket] for name, bucket in steps.items()}
+    at_once = built.resolved.plan.stages.count * len(replicas)
     temp = max(map(temp_bytes, programs.values()))
     ideal = None if bandwidth is None else decode_bytes(built, case, len(replicas)) / bandwidth
     return {
@@ -147,6 +158,7 @@ def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str
         "prefill_seconds": found.prefill_seconds,
         "prefill_tokens_per_second": case.batch_size * case.input_len / found.prefill_seconds,
         "decode_seconds": found.decode_seconds,
+        "decode_rows": steps["decode"].decodes * at_once if found.decode_seconds else None,
         "decode_tokens_per_second": case.batch_size / found.decode_seconds if found.decode_seconds else None,
         "copy_bytes_per_second": bandwidth,
         "roofline": ideal / found.decode_seconds if ideal and found.decode_seconds else None,

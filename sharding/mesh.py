@@ -55,7 +55,7 @@ class MeshConfig:
 
     def replica_devices(self, index: int, devices: Sequence[jax.Device]) -> list[jax.Device]:
         """The devices of replica `index` in the order of `without_data`. Raises ValueError when there are too few."""
-        self._check_count(devices)
+        self.check_count(devices)
         grid = np.array(devices[: self.num_devices], dtype=object).reshape([size for _, size in self.axes])
         names = [name for name, _ in self.axes]
         if DATA in names:
@@ -73,13 +73,14 @@ class MeshConfig:
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over the first `num_devices` devices. Raises ValueError when there are too few."""
         devices = jax.devices() if devices is None else devices
-        self._check_count(devices)
+        self.check_count(devices)
         axes = self.axes or (("tensor", 1),)
         names, sizes = zip(*axes, strict=True)
         grid = np.array(devices[: self.num_devices], dtype=object).reshape(sizes)
         # Auto: the compiler propagates shardings from the weights' and the caches' partition specs.
         return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
-    def _check_count(self, devices: Sequence[jax.Device]) -> None:
+    def check_count(self, devices: Sequence[jax.Device]) -> None:
+        """Raises ValueError when `devices` are too few."""
         if len(devices) < self.num_devices:
             raise ValueError(f"mesh {self} needs {self.num_devices} devices, but there are {len(devices)}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 SMALL = ["--model", "", "--load-format", "auto", "--max-model-len", "128", "--max-num-seqs", "2", "--reps", "1"]
@@ -72,3 +76,62 @@ def test_matmul(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert [row["product"] for row in rows] == ["qkv", "gate_up"]
     for row, size in zip(rows, (576 * 960 * 2, 576 * 3072 * 2), strict=True):
         assert row["xla_gb_s"] == pytest.approx(size / row["xla_us"] / 1e3)
+
+
+def test_all_reduce(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--implementations", "reference", "--kib", "1", "--width", "64", "--calls", "1", "--repetitions", "1"]
+    importlib.import_module("all_reduce").main(flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["devices"] == len(jax.devices())
+    assert result["rows"][0]["reference_bus_gb_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("attention", "", "attention.py needs a GPU, but JAX runs on cpu here"),
+        ("attention_prefill", "", "attention_prefill.py needs a GPU, but JAX runs on cpu here"),
+        ("matmul", "", "--implementations mosaic needs a GPU, but JAX runs on cpu here"),
+        ("all_reduce", "", "--implementations mosaic needs a GPU, but JAX runs on cpu here"),
+        ("all_reduce", "--implementations reference", "an all-reduce needs two devices or more, but there is one"),
+        ("step_program", "--mesh tensor=2", "mosaic needs a GPU, but JAX runs on cpu here"),
+        ("plan_check", "--seconds -1", "none of 18 points was measured"),
+    ],
+)
+def test_what_cannot_be_measured_here_is_one_line(
+    run: Any, monkeypatch: pytest.MonkeyPatch, name: str, flags: str, message: str
+) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # as some of them do, for good
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: one)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(flags.split())
+    assert ended.value.code == message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attention", "--cases must be of the form BxS,.. as in 64x2048,1x32768: got 'foo'"),
+        ("attention_prefill", "--cases: 'foo' is not of the form N, N@S or K*N@S, as in 16*256@2048"),
+    ],
+)
+def test_cases_of_attention_are_checked(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--cases", "foo"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f": error: {message}")
+
+
+def test_cpu_devices_are_made_where_nobody_says_how_many() -> None:
+    code = (
+        "import jax; from paddock.serving.platform import make_cpu_devices; make_cpu_devices(3);"
+        "print(len(jax.devices('cpu')))"
+    )
+    without = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in without}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]

@@ -323,6 +323,16 @@ def test_bench_latency(engine, capsys):
     assert len(engine.streams) == 9
 
 
+@pytest.mark.parametrize(
+    ("length", "held", "message"), [(15, "a", "outputs of 16 tokens"), (16, "a.xplane.pb", "holds a profile")]
+)
+def test_bench_latency_refuses_a_profile_before_the_engine_starts(engine, capsys, tmp_path, length, held, message):
+    (tmp_path / held).touch()
+    assert main(["bench", "latency", "--profile", str(tmp_path), "--output-len", str(length)]) == 2
+    assert message in capsys.readouterr().err
+    assert not engine.configs
+
+
 def test_bench_startup(engine, capsys):
     assert main(["bench", "startup"]) == 0
     result = last_json(capsys)

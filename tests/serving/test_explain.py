@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from engines import tiny_llm
 
 from paddock.serving.cli import main
 from paddock.serving.engine_config import EngineConfig
-from paddock.serving.explain import array_kinds, device_bytes, slices
+from paddock.serving.explain import array_kinds, device_bytes, slices, step_buckets
 from paddock.serving.resolve import resolve
 
 CACHE = str(Path(__file__).parents[2] / "build" / "test-compile-cache")
@@ -42,20 +43,16 @@ def test_slices_are_those_of_placed_arrays():
 def test_a_model_too_large_for_this_machine_is_explained_without_running(capsys: pytest.CaptureFixture[str]):
     """Sixteen layers of 2 GiB in all: nothing is allocated, and each reduction of tensor parallelism is found."""
     before = len(jax.live_arrays())
-    flags = ["--model", "llama-3.2-1b", "--load-format", "dummy", "--mesh", "tensor=4", "--dtype", "bfloat16"]
-    flags += [
-        "--batch-sizes",
-        "1",
-        "--input-lens",
-        "16",
-        "--max-num-batched-tokens",
-        "16",
-        "--compile-cache-dir",
-        CACHE,
-    ]
+    flags = ["--model", "llama-3.2-1b", "--load-format", "dummy", "--meshes", "data=2,tensor=4", "--dtype", "bfloat16"]
+    flags += ["--batch-sizes", "1", "--input-lens", "16", "--max-num-batched-tokens", "16"]
+    flags += ["--compile-cache-dir", CACHE]
     assert main(["sweep", "--explain", *flags]) == 0
     assert len(jax.live_arrays()) == before
     text = capsys.readouterr().out
+    title = "mesh data=2, tensor=4 (8 devices in 2 replicas; what follows is of one), 16 layers, bfloat16"
+    assert text.splitlines()[0] == title
+    assert re.search("^decode step of 1 sequences: [0-9]+ collectives, each", text, re.MULTILINE)
+    assert re.search("^prefill step of 16 tokens in at most 1 prompts: [0-9]+ collectives, each", text, re.MULTILINE)
     lines = [line.split() for line in text.splitlines()]
     assert ["vocab", "tensor", "4"] in lines
     (gate_up,) = [line for line in text.splitlines() if "gate_up" in line]
@@ -65,3 +62,15 @@ def test_a_model_too_large_for_this_machine_is_explained_without_running(capsys:
     reductions = [line.split() for line in decode.splitlines() if "all-reduce" in line]
     counts = {line[0]: int(line[2]) for line in reductions if line[0].startswith("layers/")}
     assert counts == {"layers/attention": 16, "layers/mlp": 16}
+
+
+def test_a_deterministic_engine_has_one_step_to_explain():
+    config = EngineConfig(model="smollm2-135m", load_format="dummy", max_model_len=256, deterministic=True)
+    programs = resolve(config).programs
+    assert set(step_buckets(programs).values()) == set(programs.packings)
+
+
+def test_one_layout_is_explained_at_a_time(capsys: pytest.CaptureFixture[str]):
+    assert main(["sweep", "--explain", "--meshes", "tensor=2", "pipe=2"]) == 2
+    message = "paddock: --explain takes one layout at a time, but there are 2: tensor=2, pipe=2\n"
+    assert capsys.readouterr().err == message

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from paddock.serving import sweep
+from paddock.serving.cli import main
 from paddock.serving.engine_config import EngineConfig
 from paddock.serving.sweep import Results, Runner, run_sweep
 from paddock.serving.sweep_plan import Case, Sweep, SweepLayout
@@ -16,12 +24,15 @@ from paddock.serving.sweep_plan import Case, Sweep, SweepLayout
 # Answers as its layout's name says, and counts its starts in a file beside it.
 SCRIPT = """
 import json, os, signal, sys
-job = json.load(sys.stdin)
+job = json.loads(sys.stdin.readline())
 name = job["layout"]["name"]
 with open(__file__ + ".starts", "a") as file:
     file.write((name or "single") + chr(10))
 for case in job["cases"]:
     if name == "hangs":
+        from paddock.serving.lifeline import end_with_parent
+        end_with_parent()
+        print(os.getpid(), file=sys.stderr, flush=True)
         signal.pause()
     if name == "dies" and case["batch_size"] == 2:
         print("no room for the cache", file=sys.stderr)
@@ -34,6 +45,24 @@ for case in job["cases"]:
         row = {"status": "ok", "error": None, "tokens": [[1, 2], [3, 4 if name == "differs" else 5]]}
     print(json.dumps({**case, **row}), flush=True)
 """
+
+
+# `paddock sweep` with the script in the place of its worker.
+PROGRAM = """
+import functools, sys
+from paddock.serving import sweep
+from paddock.serving.cli import main
+sweep.Runner = functools.partial(sweep.Runner, worker=(sys.executable, sys.argv[1]))
+sys.exit(main(["sweep", *sys.argv[2:]]))
+"""
+MESHES = ["--meshes", "tensor=2"]
+
+
+def wait_until(is_so: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -78,6 +107,27 @@ def test_a_time_out_is_a_row(script: Path):
     rows = run(script, "hangs", timeout=0.5)
     assert [row["status"] for row in rows] == ["ok", "ok", "timeout", "timeout"]
     assert rows[2]["error"] == "not done after 0.5 s"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_ends_with_the_sweep(script: Path, number: signal.Signals):
+    """By the sweep's hand where it can, and of itself where the sweep is gone without a word."""
+    script.write_text(SCRIPT.replace('name == "hangs"', "True"))
+    folder = script.parent / "out"
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(script), "--out", str(folder), *MESHES]) as program:
+        log = folder / "logs" / "one_device.log"
+        wait_until(lambda: log.exists() and log.read_text().strip())
+        worker = psutil.Process(int(log.read_text()))
+        program.send_signal(number)
+        assert program.wait(timeout=60) == (128 + number if number == signal.SIGTERM else -number)
+    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_sweep_without_a_result_fails(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    script.write_text(SCRIPT.replace('name == "refused"', "True"))
+    monkeypatch.setattr(sweep, "Runner", functools.partial(Runner, worker=(sys.executable, str(script))))
+    assert main(["sweep", "--out", str(script.parent / "out"), *MESHES]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "paddock: nothing ran: none of 2 rows is ok"
 
 
 def test_tokens_are_compared_with_the_single_device(script: Path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from paddock.serving.sweep_figures import memory_figure, pareto, slice_figure, speed_figure, traffic_figure
 from paddock.serving.sweep_html import write_html
-from paddock.serving.sweep_report import sweep_table
+from paddock.serving.sweep_report import shortcoming, sweep_table
 
 TOTAL = {"kind": "all-reduce", "part": "layers/mlp", "in_loop": False, "group_size": 2, "num_bytes": 1024}
 
@@ -43,6 +43,7 @@ def row(label: str, ms: float, rate: float, **fields: Any) -> dict[str, Any]:
         "collectives": {"prefill": [], "decode": [{**TOTAL, "count": 4, "sent_bytes": 4096}]},
         "prefill_seconds": 0.25,
         "decode_seconds": ms / 1000,
+        "decode_rows": 2,
         "decode_tokens_per_second": rate,
         "roofline": None,
         "tokens_equal": True,
@@ -113,6 +114,19 @@ def test_table():
     assert lines[2].split()[-5:] == ["250", "2.5", "800", "75%", "yes"]
     assert lines[3].split()[-4:] == ["n/a", "1", "of", "2"]
     assert lines[-1] == "x=</script>: refused: mesh x"
+
+
+def test_the_table_tells_a_batch_that_is_padded():
+    even, padded = sweep_table([row("a", 2, 1), row("b", 2, 1, decode_rows=8)]).splitlines()[2:]
+    assert even.split()[:5] == ["a", "4", "2", "8", "ok"]
+    assert padded.split()[:7] == ["b", "4", "2", "(8", "rows)", "8", "ok"]
+
+
+def test_a_sweep_without_a_result_or_with_other_tokens_falls_short():
+    assert shortcoming([row("a", 1, 1), FAILED]) == ""
+    assert shortcoming([FAILED, FAILED]) == "nothing ran: none of 2 rows is ok"
+    others = [row(label, 1, 1, tokens_equal=False) for label in ("b", "b", "c")]
+    assert shortcoming([row("a", 1, 1), *others, FAILED]) == "tokens differ from the single device's: b, c"
 
 
 def test_page_holds_all_it_needs(tmp_path: Path):

@@ -10,6 +10,7 @@ from paddock.serving.cli import build_parser
 from paddock.serving.engine_config import EngineConfig
 from paddock.serving.sweep_measure import headroom
 from paddock.serving.sweep_plan import Case, Sweep, SweepLayout
+from paddock.serving.sweep_worker import fit
 
 
 def sweep_of(*flags: str) -> Sweep:
@@ -52,6 +53,11 @@ def test_a_layout_is_run_once():
     assert len(sweep_of("--meshes", "tensor=2", "tensor=2", "--layouts", "mesh=tensor=2").layouts) == 2
 
 
+def test_a_mesh_needs_no_more_devices_than_are_asked_for():
+    with pytest.raises(ValueError, match=r"^--devices 8 is fewer than the 16 that the mesh tensor=16 needs$"):
+        fit(EngineConfig(), SweepLayout("tensor=16"), [Case(1, 8, 2)], 8)
+
+
 def test_the_layout_replaces_that_of_the_config():
     config = EngineConfig(tensor_parallel_size=4, max_num_seqs=3)
     changed = SweepLayout("pipe=2", "vocab=").apply(config)
@@ -80,6 +86,8 @@ def test_keys_tell_what_could_change_a_row():
         (["--layouts", "tensor"], "'tensor' is not of the form key=value"),
         (["--layouts", "axes=tensor"], "unknown key 'axes'"),
         (["--meshes", "tensor=2", "--batch-sizes", "0"], "batch_size must be at least 1, got 0"),
+        (["--meshes", "tensor=2", "--output-len", "0"], "output_len must be at least 1, got 0"),
+        (["--meshes", "tensor=2", "--devices", "0"], "--devices must be at least 1, got 0"),
         (["--config", "missing.toml"], "sweep file missing.toml"),
     ],
 )
@@ -92,7 +100,10 @@ def test_what_is_wrong_is_named(flags: list[str], message: str):
     ("text", "message"),
     [
         ("lengths = [1]", "unknown key 'lengths'"),
-        ("[[layout]]\nmesh = 2", "mesh must be a string, not 2"),
+        ("[[layout]]\nmesh = 2", "sweep file .*sweep.toml: mesh must be a string, not 2"),
+        ("[layout]\nmesh = 'tensor=2'", "sweep.toml: layout must be tables, each under .*, got {'mesh': 'tensor=2'}"),
+        ("layout = 'x'", "sweep.toml: layout must be tables, each under .*, got 'x'"),
+        ("output_len = '4'\n[[layout]]\nmesh = 'tensor=2'", "sweep.toml: output_len must be a whole number, got '4'"),
         ("batch_sizes = 4\n[[layout]]\nmesh = 'tensor=2'", "batch_sizes must be a list of whole numbers, got 4"),
         ("input_lens = ['4']\n[[layout]]\nmesh = 'tensor=2'", "input_lens must be a list of whole numbers, got .'4'."),
     ],

@@ -47,6 +47,7 @@ def test_what_is_measured(rows: dict[str, dict[str, Any]]):
     assert single["tokens_equal"] is None
     assert [len(tokens) for tokens in split["tokens"]] == [6, 6]
     for row in (split, single):
+        assert (row["slots"], row["decode_rows"]) == (2, 2)
         assert 0 < row["decode_seconds"] < 60
         assert row["decode_tokens_per_second"] == pytest.approx(2 / row["decode_seconds"])
         assert row["prefill_tokens_per_second"] == pytest.approx(2 * 12 / row["prefill_seconds"])
