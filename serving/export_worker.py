@@ -15,12 +15,14 @@ import jax
 from paddock.sharding import Layout, MeshConfig
 
 from .exporter import ExportJob
+from .lifeline import end_with_parent
 from .programs import Programs
 from .step_plan import StepPlan
 
 
 def main(channel: int) -> int:
     job: ExportJob = pickle.load(sys.stdin.buffer)
+    end_with_parent()
     with os.fdopen(channel, "wb") as answers:
         try:
             programs = programs_of(job)

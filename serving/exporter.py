@@ -85,9 +85,11 @@ class Worker:
             start_new_session=True,  # who interrupts this process does not mean that one
         )
         os.close(channel)
-        # One that has ended says so to who reads.
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # type: ignore[union-attr]
-            pipe.write(content)
+        assert self._process.stdin
+        # One that has ended says so to who reads. Left open: a process whose input ends has lost this one.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(content)
+            self._process.stdin.flush()
 
     def read(self) -> Exported:
         """Raises RuntimeError saying why there is none, ExporterLost where the process is gone."""
@@ -106,6 +108,8 @@ class Worker:
 
     def close(self) -> None:
         self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # type: ignore[union-attr]
         for line in self._lines():
             logger.debug("a process that lowers steps: %s", line)
         self._answers.close()

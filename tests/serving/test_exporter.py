@@ -86,6 +86,15 @@ def test_leaving_ends_the_processes(programs: Programs) -> None:
     assert [process.poll() for process in processes] == [-9, -9]
 
 
+def test_a_process_ends_with_the_one_that_started_it(programs: Programs) -> None:
+    with Exporter(programs, 1) as exporter:
+        exporter.start(programs.buckets.all())
+        exporter.result(programs.buckets.all()[0])
+        process = exporter._running[0][0]._process
+        process.stdin.close()
+        assert process.wait(20) == 1
+
+
 def test_a_job_that_cannot_be_sent_starts_nothing(monkeypatch: pytest.MonkeyPatch, programs: Programs) -> None:
     monkeypatch.setattr(module, "settings", lambda: {"jax_new": lambda: None})
     with Exporter(programs, 1) as exporter, pytest.raises((AttributeError, pickle.PicklingError)):
