@@ -37,13 +37,15 @@ def check_matmul_mosaic(dtype: Any, m: int, k: int, n: int) -> None:
     choose_tiling(m, k, n)
 
 
-@functools.partial(jax.jit, static_argnames=("epilogue", "tiling", "interpret"))  # traced once, not once a layer
+# Traced once, not once a layer.
+@functools.partial(jax.jit, static_argnames=("epilogue", "w_constant", "tiling", "interpret"))
 def matmul_mosaic(
     x: Float[Array, "M _"],
     w: Float[Array, "_ N"],
     *,
     epilogue: str = "none",
     residual: Array | None = None,
+    w_constant: bool = False,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M _"]:
@@ -54,19 +56,25 @@ def matmul_mosaic(
     `interpret`); and, from JAX's lowering, a platform that is no NVIDIA GPU.
     """
     check_matmul(x, w, epilogue, residual)
-    parts = _multiply(x, w, swiglu=epilogue == "swiglu", tiling=tiling, interpret=interpret)[:, : x.shape[0]]
+    options: dict[str, Any] = {"w_constant": w_constant, "tiling": tiling, "interpret": interpret}
+    parts = _multiply(x, w, swiglu=epilogue == "swiglu", **options)[:, : x.shape[0]]
     if parts.shape[0] > 1:  # unfinished: XLA makes one kernel of the sum and what follows
         return finish(parts.sum(0), epilogue, residual, x.dtype)
     return parts[0] if residual is None else residual + parts[0]
 
 
-@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
+@functools.partial(jax.jit, static_argnames=("w_constant", "tiling", "interpret"))
 def matmul_parts_mosaic(
-    x: Float[Array, "M _"], w: Float[Array, "_ N"], *, tiling: Tiling | None = None, interpret: bool = False
+    x: Float[Array, "M _"],
+    w: Float[Array, "_ N"],
+    *,
+    w_constant: bool = False,
+    tiling: Tiling | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "S R N"]:
     """As `matmul_parts_reference`; see `matmul_mosaic`."""
     check_matmul(x, w, "none", None)
-    return _multiply(x, w, summed=True, tiling=tiling, interpret=interpret)
+    return _multiply(x, w, summed=True, w_constant=w_constant, tiling=tiling, interpret=interpret)
 
 
 def _multiply(
@@ -75,8 +83,9 @@ def _multiply(
     *,
     swiglu: bool = False,
     summed: bool = False,
-    tiling: Tiling | None = None,
-    interpret: bool = False,
+    w_constant: bool,
+    tiling: Tiling | None,
+    interpret: bool,
 ) -> Float[Array, "S R _"]:
     """The product as S parts to be added up, float32 and without the epilogue if S > 1; rows past M are undefined.
     `summed`: see `choose_tiling`."""
@@ -102,7 +111,7 @@ def _multiply(
     empty: dict[str, Any] = {"num_arrivals": tiling.warpgroups, "num_barriers": tiling.stages}
     cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("half",)} if tiling.pair else {}
     return plgpu.kernel(
-        bound(_walk, tiling=tiling, swiglu=swiglu, copied=copied, direct=direct, interpret=interpret),
+        bound(_walk, tiling=tiling, swiglu=swiglu, early=w_constant, copied=copied, direct=direct, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((tiling.split, rows, num_columns // (2 if swiglu else 1)), dtype),
         scratch_types=dict(
             x_smem=_tile((tiling.stages, tiling.rows, DEPTH), x.dtype),
@@ -142,6 +151,7 @@ def _walk(
     stored: Any,
     tiling: Tiling,
     swiglu: bool,
+    early: bool,
     copied: int,
     direct: bool,
     interpret: bool,
@@ -160,7 +170,8 @@ def _walk(
         band.before, units = total, band.tiles * tiling.split * down
         band.mine = lax.div(units - worker + workers - 1, workers)
         total = total + band.mine * steps
-    ahead = jnp.minimum(bands[0].mine, 1) * min(steps, tiling.stages)  # steps whose weights are fetched first
+    # Steps whose weights do not wait for whoever makes the rows.
+    ahead = jnp.minimum(bands[0].mine, 1) * min(steps, tiling.stages) if early else 0
 
     def tile_of(band: _Band, unit: Any) -> tuple[Any, Any, Any]:
         """(first row, column of tiles, part of K) of this worker's next tile: neighbours read the same columns of w, or
@@ -235,7 +246,6 @@ def _walk(
 
     @pl.when(warpgroup == tiling.warpgroups)
     def _load() -> None:
-        # Weights do not wait for whoever makes the rows.
         pl.loop(0, ahead)(lambda step: copy_weights(bands[0], worker * 0, step))
         await_kernel_before(interpret)
         for band in bands:

@@ -11,20 +11,29 @@ EPILOGUES = ("none", "swiglu")
 
 
 def matmul_reference(
-    x: Float[Array, "M _"], w: Float[Array, "_ N"], *, epilogue: str = "none", residual: Array | None = None
+    x: Float[Array, "M _"],
+    w: Float[Array, "_ N"],
+    *,
+    epilogue: str = "none",
+    residual: Array | None = None,
+    w_constant: bool = False,
 ) -> Float[Array, "M _"]:
     """x [M, K] times w [K, N], summed in float32, in x's dtype.
 
     epilogue "swiglu" gives silu(even columns) * odd columns, half as many (Shazeer 2020). `residual`, of the shape and
-    dtype of what comes out, is added last. Raises ValueError where the arguments do not fit together.
+    dtype of what comes out, is added last. `w_constant` promises that w is an argument of the program, so that a kernel
+    may read it before the kernels before it have ended. Raises ValueError where the arguments do not fit together.
     """
     check_matmul(x, w, epilogue, residual)
     return finish(jnp.matmul(x, w, preferred_element_type=jnp.float32), epilogue, residual, x.dtype)
 
 
-def matmul_parts_reference(x: Float[Array, "M _"], w: Float[Array, "_ N"]) -> Float[Array, "S R N"]:
+def matmul_parts_reference(
+    x: Float[Array, "M _"], w: Float[Array, "_ N"], *, w_constant: bool = False
+) -> Float[Array, "S R N"]:
     """The product as S parts of R rows, at least M, for who adds parts up anyway (ADD_NORM, ALL_REDUCE_ADD_NORM): in
-    float32 if there are several, and rows past M are undefined. Here it is whole."""
+    float32 if there are several, and rows past M are undefined. Here it is whole. `w_constant`: see
+    `matmul_reference`."""
     return matmul_reference(x, w)[None]
 
 

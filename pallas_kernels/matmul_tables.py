@@ -10,14 +10,14 @@ from .add_norm_reference import add_norm_reference
 from .matmul_mosaic import matmul_mosaic, matmul_parts_mosaic
 from .matmul_reference import matmul_parts_reference, matmul_reference
 
-# (x, w, *, epilogue, residual) -> out; the contract is matmul_reference's docstring.
+# (x, w, *, epilogue, residual, w_constant) -> out; the contract is matmul_reference's docstring.
 # An implementation that cannot run on its arguments raises ValueError: nothing falls back.
 MATMUL: dict[str, Callable[..., Any]] = {
     "reference": matmul_reference,
     "mosaic": matmul_mosaic,
 }
 
-# (x, w) -> parts; matmul_parts_reference's docstring.
+# (x, w, *, w_constant) -> parts; matmul_parts_reference's docstring.
 MATMUL_PARTS: dict[str, Callable[..., Any]] = {
     "reference": matmul_parts_reference,
     "mosaic": matmul_parts_mosaic,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -163,7 +164,10 @@ def _kernels(plan: StepPlan, chained: bool) -> dict[str, Any]:
     are whole on a device, so that nothing is summed over several; `chained`, every product is ours."""
     if plan.products == COMPILER:
         return {}
-    multiply, ours = MATMUL[plan.products], plan.products == "mosaic"
+    ours = plan.products == "mosaic"
+    multiply, multiply_parts = (
+        functools.partial(table[plan.products], w_constant=True) for table in (MATMUL, MATMUL_PARTS)
+    )
 
     def swiglu(x: jax.Array, gate_up: jax.Array) -> jax.Array:
         return multiply(x, gate_up.reshape(gate_up.shape[0], -1), epilogue="swiglu")
@@ -182,7 +186,7 @@ def _kernels(plan: StepPlan, chained: bool) -> dict[str, Any]:
     kernels: dict[str, Any] = {"fused_swiglu": mapped(swiglu, whole, split, split)}
     kernels["fused_rows"] = (BATCH_ROWS, PROMPT_ROWS) if ours and not chained else (ALL_ROWS,)
     if chained:
-        kernels |= {"multiply": mapped(project, whole, split, split), "multiply_parts": MATMUL_PARTS[plan.products]}
+        kernels |= {"multiply": mapped(project, whole, split, split), "multiply_parts": multiply_parts}
     if _whole_layers(plan.layout):
         kernels["added"] = mapped(add, whole, whole, whole, whole)
         kernels["added_rows"] = BATCH_ROWS if ours else ALL_ROWS

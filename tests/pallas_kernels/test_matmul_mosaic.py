@@ -53,7 +53,7 @@ def test_the_reference_equals_numpy(epilogue: str) -> None:
 def test_the_kernel_equals_numpy(m: int, k: int, n: int, epilogue: str, tiling: Tiling) -> None:
     x, w = operands(m, k, n)
     residual = operands(m, n // 2 if epilogue == "swiglu" else n, 1)[0]
-    out = matmul_mosaic(x, w, epilogue=epilogue, tiling=tiling, interpret=True)
+    out = matmul_mosaic(x, w, epilogue=epilogue, w_constant=True, tiling=tiling, interpret=True)
     assert out.dtype == jnp.bfloat16
     assert relative_error(out, exact(x, w, epilogue)) <= TOLERANCE
     added = matmul_mosaic(x, w, epilogue=epilogue, residual=residual, tiling=tiling, interpret=True)
