@@ -66,7 +66,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens in a step (default: %(default)s)",
     )
-    engine.add_argument("--max-model-len", type=int, metavar="N", help="that the cache must hold (default: a page)")
+    engine.add_argument(
+        "--max-model-len", type=int, metavar="N", help="that the cache must hold (default: input and output)"
+    )
     engine.add_argument("--block-size", type=int, default=64, metavar="N", help="of a page (default: %(default)s)")
     load = parser.add_argument_group("load and objectives")
     load.add_argument("--input-len", type=int, default=1024, metavar="N", help="of a prompt (default: %(default)s)")

@@ -63,6 +63,15 @@ class Demand:
         return self.input_len + self.output_len
 
     @property
+    def longest(self) -> int:
+        """Tokens of a sequence that the cache must hold: less, and not one of those asked for is served."""
+        return self.max_model_len or self.length
+
+    def sequences(self, tokens: int) -> int:
+        """How many `tokens` KV tokens hold, in whole pages, at their end."""
+        return tokens // (-(-self.length // self.block_size) * self.block_size)
+
+    @property
     def batch_sizes(self) -> list[int]:
         """Powers of two up to `max_num_seqs`, and that."""
         return sorted({*(2**i for i in range(self.max_num_seqs.bit_length())), self.max_num_seqs})

@@ -75,7 +75,11 @@ def _ms(seconds: float | None) -> str | None:
 
 def unfit_sentence(plan: Plan, smallest: str) -> str:
     """Why nothing fits, by the layout that comes nearest."""
-    nearest: LayoutPlan = min(plan.layouts, key=lambda layout: layout.bytes_per_device.total - layout.available)
+
+    def nearness(layout: LayoutPlan) -> tuple[int, int]:
+        return layout.kv_tokens // layout.mesh.num_replicas, layout.available - layout.bytes_per_device.total
+
+    nearest = max(plan.layouts, key=nearness)
     return (
         f"{plan.model} does not fit {plan.count} x {plan.accelerator.name} in any layout tried; mesh {nearest.mesh}: "
         f"{nearest.reason}. {smallest}"

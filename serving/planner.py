@@ -52,10 +52,9 @@ def plan(
     profile = profile or shipped_profile(card.name)
     if profile.accelerator != card.name:
         raise ValueError(f"the speed profile is of {profile.accelerator}, not of {card.name}")
-    if demand.max_model_len and demand.max_model_len > config.context_length:
-        raise ValueError(
-            f"max_model_len {demand.max_model_len} is more than the {config.context_length} tokens of {name}"
-        )
+    if demand.longest > config.context_length:
+        asked_by = "max_model_len" if demand.max_model_len else "input_len + output_len,"
+        raise ValueError(f"{asked_by} {demand.longest} is more than the {config.context_length} tokens of {name}")
     if mesh or layout:
         text = LayoutText.read(mesh, rules, layout)
         asked = text.mesh_config(count)
@@ -134,9 +133,9 @@ def plan_layout(
     partitions = layout.num_shards("batch") * mesh.num_replicas
     # One page of each partition is scratch.
     tokens = max(left // per_page - 1, 0) * demand.block_size
-    least = max(demand.max_model_len or 0, demand.block_size)
-    sequences = tokens // (-(-demand.length // demand.block_size) * demand.block_size)
-    fits = tokens >= least
+    sequences = demand.sequences(tokens) * partitions
+    fits = tokens >= demand.longest
+    room = f"{share:.0%} of {show_bytes(memory)}"
     held = dataclasses.replace(fixed, kv_cache=max(left // per_page, 0) * per_page)
     prefill: float | None = None
     points: tuple[DecodePoint, ...] = ()
@@ -145,7 +144,7 @@ def plan_layout(
         try:
             times = StepTimes(config, layout, mesh, weights, per_page / demand.block_size, dtype, card, profile)
             prefill = times.prefill(demand.input_len, demand.max_num_batched_tokens).total
-            points = _decode_points(times, demand, sequences * partitions, mesh.num_replicas)
+            points = _decode_points(times, demand, sequences, mesh.num_replicas)
             source = "measured" if times.measured else "datasheet"
         except ValueError as error:  # a figure that nobody knows, messages that are not modelled: bytes still hold
             untimed = str(error)
@@ -153,12 +152,12 @@ def plan_layout(
         mesh=mesh,
         rules=rules,
         fits=fits,
-        reason=_reason(fits, fixed, memory, share, left, tokens * partitions, sequences * partitions, least, demand),
+        reason=_reason(demand, fixed, room, left, tokens, partitions, demand.max_num_seqs),
         bytes_per_device=held,
         available=available,
         kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
         kv_tokens=tokens * partitions,
-        sequences=sequences * partitions,
+        sequences=sequences,
         prefill_seconds=prefill,
         decode=points,
         source=source,
@@ -177,25 +176,15 @@ def _decode_points(times: StepTimes, demand: Demand, sequences: int, replicas: i
     return tuple(points)
 
 
-def _reason(
-    fits: bool,
-    fixed: DeviceBytes,
-    memory: int,
-    share: float,
-    left: int,
-    tokens: int,
-    sequences: int,
-    least: int,
-    demand: Demand,
-) -> str:
-    room = f"{share:.0%} of {show_bytes(memory)}"
+def _reason(demand: Demand, fixed: DeviceBytes, room: str, left: int, tokens: int, partitions: int, wanted: int) -> str:
+    """Of a layout that leaves `tokens` KV tokens in each of its `partitions`, for `wanted` sequences."""
     if left <= 0:
         return f"{fixed} without any page, more than {room}"
-    if not fits:
-        return f"{tokens:,} KV tokens are left in {room}, fewer than the {least:,} that are needed"
-    if sequences < demand.max_num_seqs:
-        return f"only {tokens:,} KV tokens are left: {sequences} sequences of {demand.length:,} at once"
-    return f"{tokens:,} KV tokens are left"
+    if tokens < demand.longest:
+        return f"{tokens:,} KV tokens are left to a sequence in {room}, fewer than the {demand.longest:,} that it needs"
+    if (sequences := demand.sequences(tokens) * partitions) < wanted:
+        return f"only {tokens * partitions:,} KV tokens are left: {sequences} sequences of {demand.length:,} at once"
+    return f"{tokens * partitions:,} KV tokens are left"
 
 
 def _divisors(count: int) -> list[int]:

@@ -265,6 +265,15 @@ def test_table_and_page(capsys, tmp_path):
         (["llama-3.1-8b", "--itl", "0"], "--itl must be more than 0 ms"),
         (["llama-3.1-8b", "--max-model-len", "100"], "max_model_len 100 is less than input_len"),
         (["llama-2-7b", "--max-model-len", "9999"], "more than the 4096 tokens of llama-2-7b"),
+        (["llama-3.1-8b", "--input-len", "131000"], r"input_len \+ output_len, 131128 is more than the 131072 tokens"),
+        (
+            ["llama-3.1-70b", "--count", "2", "--mesh", "tensor=2", "--input-len", "30000", "--ttft", "100000"],
+            "tensor=2: 14,464 KV tokens are left to a sequence in 90% of 79.11 GiB, fewer than the 30,128",
+        ),
+        (  # What both replicas hold together would do.
+            ["llama-3.1-70b", "--count", "4", "--mesh", "data=2,tensor=2", "--input-len", "20000"],
+            "tensor=2: 14,464 KV tokens are left to a sequence .*, fewer than the 20,128 that it needs",
+        ),
     ],
 )
 def test_one_clear_sentence(words, message, capsys):
