@@ -58,13 +58,15 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "bfloat16", "float16", "fp8_e4m3", "int8"),
         help="of keys and values (default: --dtype)",
     )
-    engine.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="at once (default: %(default)s)")
+    engine.add_argument(
+        "--max-num-seqs", type=int, default=256, metavar="N", help="at once on each replica (default: %(default)s)"
+    )
     engine.add_argument(
         "--max-num-batched-tokens",
         type=int,
         default=GPU_TOKENS,
         metavar="N",
-        help="prompt tokens in a step (default: %(default)s)",
+        help="prompt tokens in a replica's step (default: %(default)s)",
     )
     engine.add_argument(
         "--max-model-len", type=int, metavar="N", help="that the cache must hold (default: input and output)"

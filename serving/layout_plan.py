@@ -23,7 +23,8 @@ MEMORY = ("driver", "datasheet")
 class Demand:
     """What the engine is to hold and to serve. `memory`: `driver` counts as the engine does, with steps and libraries
     inside the used share of what the driver gives; `datasheet` as the back of an envelope does, with weights and pages
-    alone inside it and the steps in the rest. Raises ValueError naming the field."""
+    alone inside it and the steps in the rest. `max_num_seqs` and `max_num_batched_tokens` are of each replica, as in
+    the engine, whose replicas are engines of their own. Raises ValueError naming the field."""
 
     dtype: str = "auto"
     quantization: str | None = None
@@ -73,13 +74,14 @@ class Demand:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Powers of two up to `max_num_seqs`, and that."""
+        """Of a replica: powers of two up to `max_num_seqs`, and that."""
         return sorted({*(2**i for i in range(self.max_num_seqs.bit_length())), self.max_num_seqs})
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodePoint:
-    """`seconds` until each of `batch` sequences has one more token; `bound`: memory, matrix, links or host."""
+    """`seconds` until each of `batch` sequences of all replicas together has one more token; `bound`: memory, matrix,
+    links or host."""
 
     batch: int
     seconds: float

@@ -152,7 +152,7 @@ def plan_layout(
         mesh=mesh,
         rules=rules,
         fits=fits,
-        reason=_reason(demand, fixed, room, left, tokens, partitions, demand.max_num_seqs),
+        reason=_reason(demand, fixed, room, left, tokens, partitions, demand.max_num_seqs * mesh.num_replicas),
         bytes_per_device=held,
         available=available,
         kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
@@ -166,13 +166,13 @@ def plan_layout(
 
 
 def _decode_points(times: StepTimes, demand: Demand, sequences: int, replicas: int) -> tuple[DecodePoint, ...]:
-    """At half of the output, for every batch that is held at once, split equally over the replicas."""
+    """At half of the output, for every batch that is held at once, equally large on each of the replicas."""
     context = demand.input_len + demand.output_len / 2
     points = []
     for batch in demand.batch_sizes:
-        if replicas <= batch <= sequences:
-            step = times.decode(-(-batch // replicas), context)
-            points.append(DecodePoint(batch, step.total, step.bound))
+        if batch * replicas <= sequences:
+            step = times.decode(batch, context)
+            points.append(DecodePoint(batch * replicas, step.total, step.bound))
     return tuple(points)
 
 

@@ -134,6 +134,22 @@ def test_stages_take_turns():
     assert at[4] == pytest.approx(one[0].seconds, rel=0.01)
 
 
+def test_every_replica_runs_max_num_seqs():
+    """As in the engine: each replica has the steps of an engine of its own."""
+    one, four = (
+        plan("llama-3.1-8b", "h100-80gb", count, mesh=f"data={count}", max_num_seqs=32).layouts[0] for count in (1, 4)
+    )
+    assert four.bytes_per_device == one.bytes_per_device
+    assert [(p.batch, p.seconds) for p in four.decode] == [(4 * p.batch, p.seconds) for p in one.decode]
+    assert four.decode[-1].batch == 128
+    found = plan("llama-3.1-8b", "h100-80gb", 8, max_num_seqs=4)
+    assert "data=8" in [str(layout.mesh) for layout, _ in found.meeting(itl=0.1)]
+    # Sequences that fit are counted over all replicas, and so are those that are wanted.
+    short = plan("llama-3.1-8b", "h100-80gb", 2, mesh="data=2", input_len=4000, max_num_seqs=128).layouts[0]
+    assert 128 < short.sequences < 256
+    assert "only" in short.reason
+
+
 def test_tensor_parallelism_across_hosts_pays_for_the_network():
     fields = {"input_len": 128, "output_len": 128}
     inside, outside, strided = (
@@ -306,14 +322,15 @@ def test_plan_only_says_what_the_engine_would_take(capsys, monkeypatch):
     assert main(["serve", "--plan-only", "-tp", "3", *sizes]) == 2
 
 
-def test_plan_only_predicts_times_on_a_known_card(capsys, monkeypatch):
+@pytest.mark.parametrize(("mesh", "batches"), [("tensor=2", ["1", "2", "4"]), ("data=2", ["2", "4", "8"])])
+def test_plan_only_predicts_times_on_a_known_card(mesh, batches, capsys, monkeypatch):
     monkeypatch.setattr("paddock.serving.platform.prepare", lambda config: None)
     card = dataclasses.replace(accelerator("h100-80gb"), device_kind="cpu")
     monkeypatch.setattr("paddock.sharding.accelerators.accelerators", lambda: {card.name: card})
     sizes = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--dtype", "bfloat16"]
-    assert main(["serve", "--plan-only", "-tp", "2", *sizes]) == 0
+    assert main(["serve", "--plan-only", "--mesh", mesh, *sizes]) == 0
     text = capsys.readouterr().out
     assert "of 8 x cpu, bfloat16: fits" in text
-    rows = [line.split() for line in text.splitlines() if line.startswith("tensor=2")]
-    assert [row[2] for row in rows[1:]] == ["1", "2", "4"]
+    rows = [line.split() for line in text.splitlines() if line.startswith(mesh)]
+    assert [row[2] for row in rows[1:]] == batches
     assert {row[-1] for row in rows[1:]} == {"measured"}
