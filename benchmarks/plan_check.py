@@ -30,10 +30,11 @@ from paddock.serving.collect_env import describe_devices
 from paddock.serving.footprint import SLACK, Footprint
 from paddock.serving.kv_cache import page_bytes
 from paddock.serving.resolve import Resolved
-from paddock.serving.roofline import StepTimes, Weights
+from paddock.serving.roofline import StepTimes
 from paddock.serving.speed_profile import read_profile, shipped_profile
 from paddock.serving.text_table import text_table
 from paddock.serving.timed_engine import TimedEngine
+from paddock.serving.weights import Weights
 from paddock.sharding import MeshConfig
 from paddock.sharding.accelerators import accelerator as named_accelerator
 from paddock.sharding.memory import DeviceBytes, PlannedLayout

@@ -16,8 +16,9 @@ from paddock.sharding.accelerators import Accelerator
 from paddock.sharding.memory import PlannedLayout
 
 from .kv_cache import page_bytes
-from .roofline import StepTimes, Weights
+from .roofline import StepTimes
 from .speed_profile import Curve, SpeedProfile
+from .weights import Weights
 
 # ("decode", rows, context) or ("chunk", tokens, start) -> seconds
 Times = Mapping[tuple[str, int, int], float]

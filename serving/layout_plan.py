@@ -12,7 +12,7 @@ from paddock.sharding.memory import DeviceBytes
 
 from .engine_config import GPU_TOKENS
 from .plan_prove import Proof
-from .roofline import QUANTIZED
+from .weights import QUANTIZED
 
 KV_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 # Whose figure of the card's memory counts, and what lies in the share that may be used.

@@ -19,10 +19,11 @@ from paddock.sharding.accelerators import Accelerator, accelerator
 from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
 from .footprint import SLACK, Footprint
-from .kv_cache import page_bytes
+from .kv_cache import kv_bytes_per_token, page_bytes
 from .layout_plan import KV_DTYPES, DecodePoint, Demand, LayoutPlan, Plan
-from .roofline import StepTimes, Weights, kv_bytes_per_token
+from .roofline import StepTimes
 from .speed_profile import SpeedProfile, shipped_profile
+from .weights import Weights
 
 
 def plan(
