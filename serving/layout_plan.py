@@ -97,8 +97,9 @@ class LayoutPlan:
     """One layout. Bytes are of a device, tokens and sequences of all replicas together; those of compiled steps where
     there is a `proof`.
 
-    `source` of the times: `measured` when every figure was measured on that accelerator, else `datasheet`. Where times
-    are not predicted, `untimed` says why.
+    `source` of the times: `measured` when every figure was measured on that accelerator, else `datasheet`, with the
+    parts that have such figures where others were measured; empty without times. Where they are not predicted of a
+    layout that fits, `untimed` says why.
     """
 
     mesh: MeshConfig

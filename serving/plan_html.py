@@ -44,7 +44,7 @@ def _row(layout: LayoutPlan) -> dict[str, Any]:
     """As the figures of a sweep have them."""
     return {
         "status": "ok",
-        "label": f"{layout.mesh} ({layout.source})",
+        "label": f"{layout.mesh} ({layout.source})" if layout.source else str(layout.mesh),
         "num_devices": layout.num_devices,
         "bytes_per_device": dataclasses.asdict(layout.bytes_per_device),
     }

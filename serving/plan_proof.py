@@ -51,7 +51,7 @@ def with_proof(layout: LayoutPlan, proof: Proof) -> LayoutPlan:
     if held.total <= layout.available:
         return layout
     reason = f"the compiled steps need {held}, more than {show_bytes(layout.available)}"
-    return dataclasses.replace(layout, fits=False, reason=reason, prefill_seconds=None, decode=())
+    return dataclasses.replace(layout, fits=False, reason=reason, prefill_seconds=None, decode=(), source="")
 
 
 def proof_report(plan: Plan) -> str:

@@ -140,13 +140,13 @@ def plan_layout(
     held = dataclasses.replace(fixed, kv_cache=max(left // per_page, 0) * per_page)
     prefill: float | None = None
     points: tuple[DecodePoint, ...] = ()
-    source, untimed = "datasheet", ""
+    source = untimed = ""
     if fits:
         try:
-            times = StepTimes(config, layout, mesh, weights, per_page / demand.block_size, dtype, card, profile)
+            times = StepTimes(config, layout, mesh, weights, dtype, kv_dtype, card, profile)
             prefill = times.prefill(demand.input_len, demand.max_num_batched_tokens).total
             points = _decode_points(times, demand, sequences, mesh.num_replicas)
-            source = "measured" if times.measured else "datasheet"
+            source = times.source
         except ValueError as error:  # a figure that nobody knows, messages that are not modelled: bytes still hold
             untimed = str(error)
     return LayoutPlan(

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from paddock.model import LlamaConfig, Stages
+from paddock.model import Dims, LlamaConfig, Stages
 from paddock.sharding import Layout, MeshConfig
 from paddock.sharding.accelerators import Accelerator
 
 from .chunk_budget import WEIGHT_BOUND
+from .kv_cache import page_bytes
 from .speed_profile import Curve, SpeedProfile
 from .step_plan import finishes_read_rows
 from .weights import Weights
@@ -56,8 +57,8 @@ class StepTimes:
     layout: Layout
     mesh: MeshConfig
     weights: Weights
-    kv_bytes: float
     dtype: str
+    kv_dtype: str
     accelerator: Accelerator
     profile: SpeedProfile
 
@@ -73,14 +74,34 @@ class StepTimes:
     def stages(self) -> Stages:
         return Stages.of(self.model, self.layout)
 
+    @functools.cached_property
+    def kv_bytes(self) -> int:
+        """Of a token on a device."""
+        return page_bytes(Dims.of(self.model, self.layout), self.layout, 1, self.kv_dtype)
+
+    @functools.cached_property
+    def speeds(self) -> SpeedProfile:
+        return self.profile.of_dtypes(self.weights.dtype, self.kv_dtype)
+
     @property
-    def measured(self) -> bool:
-        """Whether no figure comes from a datasheet."""
-        rules, profile = self.layout.rules, self.profile
-        used = [(profile.all_reduce, rules.q_heads), (profile.all_reduce, rules.mlp), (profile.vocab, rules.vocab)]
-        used.append((profile.hop, rules.layers))
-        known = all(self._measured(curves, axes) for curves, axes in used if self.layout.size_of(axes) > 1)
-        return profile.knows_steps and self.dtype in profile.matrix and known
+    def source(self) -> str:
+        """`measured`; `datasheet`; or, where it is mixed, which parts have figures of a datasheet: products, attention,
+        links, host. No datasheet knows a host, which then takes no time."""
+        rules, speeds = self.layout.rules, self.speeds
+        sent = [(speeds.all_reduce, rules.q_heads), (speeds.all_reduce, rules.mlp), (speeds.vocab, rules.vocab)]
+        sent.append((speeds.hop, rules.layers))
+        links = [self._measured(curves, axes) for curves, axes in sent if self.layout.size_of(axes) > 1]
+        parts = {
+            "products": (speeds.weights, speeds.layer, speeds.matrix.get(self.dtype)),
+            "attention": (speeds.decode_attention, speeds.prefill_attention),
+            "links": tuple(links),
+            "host": (speeds.host,),
+        }
+        used = [name for name, curves in parts.items() if curves]
+        unmeasured = [name for name in used if None in parts[name]]
+        if unmeasured == used:
+            return "datasheet"
+        return f"datasheet {', '.join(unmeasured)}" if unmeasured else "measured"
 
     def decode(self, batch: int, context: float) -> Seconds:
         """One more token for each of `batch` sequences of `context` tokens.
@@ -90,7 +111,7 @@ class StepTimes:
         ticks = self.stages.count
         rows = -(-batch // ticks)
         memory, matrix = self._products(rows)
-        measured = self.profile.decode_attention
+        measured = self.speeds.decode_attention
         attention = rows * context * self.kv_bytes / (measured.at(rows) if measured else self._bandwidth)
         tick = Seconds(memory + attention + self._rest(rows, rows), matrix, self._links(rows, rows), self._host(rows))
         return Seconds(*(ticks * part for part in dataclasses.astuple(tick)))
@@ -117,16 +138,16 @@ class StepTimes:
 
     @property
     def _bandwidth(self) -> float:
-        return self.profile.copy or self.accelerator.memory_bandwidth
+        return self.speeds.copy or self.accelerator.memory_bandwidth
 
     def _products(self, rows: float, head_rows: float | None = None) -> tuple[float, float]:
         """Seconds of the layers' products and the head's, each under memory or matrix unit, whichever takes longer."""
         memory = matrix = 0.0
-        profile = self.profile
+        speeds = self.speeds
         head_rows = rows if head_rows is None else head_rows
         parts = (
-            (self.weights.layers, self.weights.layer_products, rows, profile.weights),
-            (self.weights.head, self.weights.head_products, head_rows, profile.head or profile.weights),
+            (self.weights.layers, self.weights.layer_products, rows, speeds.weights),
+            (self.weights.head, self.weights.head_products, head_rows, speeds.head or speeds.weights),
         )
         late = self._late_products * (rows - head_rows)
         for (num_bytes, products, count, measured), spared in zip(parts, (late, 0.0), strict=True):
@@ -145,21 +166,21 @@ class StepTimes:
         return 3 * self.model.embed_dim * self.model.mlp_dim / self.layout.num_shards("mlp") if late else 0.0
 
     def _matrix_rate(self, rows: float) -> float:
-        measured = self.profile.matrix.get(self.dtype)
+        measured = self.speeds.matrix.get(self.dtype)
         return measured.at(rows) if measured else self.accelerator.matrix_rate(self.dtype)
 
     def _rest(self, rows: float, head_rows: float) -> float:
         """What was measured beside products and attention; memory's, since small kernels wait for it."""
-        layer, step = self.profile.layer, self.profile.step
+        layer, step = self.speeds.layer, self.speeds.step
         return (self.stages.num_slots * layer.at(rows) if layer else 0.0) + (step.at(head_rows) if step else 0.0)
 
     def _host(self, rows: float) -> float:
         """The launch of each layer's kernels with it."""
-        measured = self.profile.host
-        return measured.at(rows) + self.stages.num_slots * self.profile.host_layer if measured else 0.0
+        measured = self.speeds.host
+        return measured.at(rows) + self.stages.num_slots * self.speeds.host_layer if measured else 0.0
 
     def _attention_rate(self, tokens: float) -> float:
-        measured = self.profile.prefill_attention
+        measured = self.speeds.prefill_attention
         return measured.at(tokens) if measured else self.accelerator.matrix_rate(self.dtype)
 
     def _links(self, rows: float, head_rows: float) -> float:
@@ -174,7 +195,7 @@ class StepTimes:
         if (shards := self.layout.num_shards("vocab")) > 1:
             seconds += self._vocab(rows * row, head_rows, shards)
         if self.stages.count > 1:
-            if (hop := self._measured(self.profile.hop, rules.layers)) is not None:
+            if (hop := self._measured(self.speeds.hop, rules.layers)) is not None:
                 seconds += hop.at(rows * row)
             else:
                 across = _hop_leaves(self.mesh, rules.layers, self.accelerator.island)
@@ -184,7 +205,7 @@ class StepTimes:
     def _vocab(self, num_bytes: float, head_rows: float, shards: int) -> float:
         """Once a step: a reduction of embeddings, and logits become whole rows."""
         axes = self.layout.rules.vocab
-        if (measured := self._measured(self.profile.vocab, axes)) is not None:
+        if (measured := self._measured(self.speeds.vocab, axes)) is not None:
             return measured.at(head_rows)
         across = _group(self.mesh, axes, self.accelerator.island)[1] > 1
         logits = head_rows * self.model.vocab_size * 4 / shards
@@ -200,7 +221,7 @@ class StepTimes:
         size, islands = _group(self.mesh, axes, self.accelerator.island)
         if size == 1:
             return 0.0
-        if (measured := self._measured(self.profile.all_reduce, axes)) is not None:
+        if (measured := self._measured(self.speeds.all_reduce, axes)) is not None:
             return measured.at(num_bytes)
         return self.accelerator.all_reduce_seconds(num_bytes, size, islands)
 

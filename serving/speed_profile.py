@@ -116,11 +116,15 @@ class SpeedProfile:
                 lines += ["", f"[[{name}]]", f"devices = {devices}", *_columns(curve, *columns)]
         return "\n".join(lines) + "\n"
 
-    @property
-    def knows_steps(self) -> bool:
-        """Whether steps of a device alone need no figure of a datasheet."""
-        parts = (self.weights, self.prefill_attention, self.decode_attention, self.layer, self.host)
-        return None not in parts
+    def of_dtypes(self, weights: str, kv_cache: str) -> SpeedProfile:
+        """What of it holds where the layers' weights and the cache are of these dtypes: products and attention were
+        measured in those that `matrix` has, and tell nothing of others."""
+        left: dict[str, Any] = {}
+        if self.matrix and weights not in self.matrix:
+            left |= {"weights": None, "head": None, "matrix": {}}
+        if self.matrix and kv_cache not in self.matrix:
+            left |= {"decode_attention": None, "prefill_attention": None}
+        return dataclasses.replace(self, **left) if left else self
 
 
 def read_profile(path: Path) -> SpeedProfile:

@@ -17,8 +17,9 @@ QUANTIZED = {"int8": 1, "fp8": 1}
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Bytes and multiplications on a device: `layers` of all its layer slots, `head` of its piece of the head, `total`
-    of everything that it holds. Multiplications are for one row."""
+    of everything that it holds. Multiplications are for one row. `dtype`: as which the layers' products read them."""
 
+    dtype: str
     layers: int
     head: int
     total: int
@@ -44,7 +45,7 @@ class Weights:
                 total += size
             else:
                 total += size
-        return cls(layers, head, total + layers, layer_products, head_products)
+        return cls(quantization or dtype, layers, head, total + layers, layer_products, head_products)
 
 
 def _elements(layout: Layout, spec: ArraySpec) -> int:

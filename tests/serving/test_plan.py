@@ -175,6 +175,35 @@ def test_measured_all_reduces_are_used():
     assert measured.source == "datasheet"
 
 
+@pytest.mark.parametrize(
+    ("card", "mesh", "fields", "source"),
+    [
+        ("h100-80gb", "tensor=1", {}, "measured"),
+        ("h100-80gb", "tensor=4", {}, "datasheet links"),
+        ("h100-80gb", "tensor=1", {"quantization": "int8"}, "datasheet products"),
+        ("h100-80gb", "tensor=1", {"quantization": "fp8"}, "datasheet products"),
+        ("h100-80gb", "tensor=1", {"kv_cache_dtype": "fp8_e4m3"}, "datasheet attention"),
+        ("h100-80gb", "tensor=4", {"dtype": "float16"}, "datasheet products, attention, links"),
+        ("b200", "tensor=1", {}, "datasheet"),
+        ("b200", "tensor=8", {}, "datasheet"),
+    ],
+)
+def test_the_label_says_which_figures_are_a_datasheets(card, mesh, fields, source):
+    (layout,) = plan("llama-3.1-8b", card, 8, mesh=mesh, **fields).layouts
+    assert layout.source == source
+
+
+def test_what_was_measured_of_one_dtype_is_not_said_of_another():
+    fields = {"quantization": "int8", "kv_cache_dtype": "int8", "dtype": "bfloat16"}
+    shipped = shipped_profile("h100-80gb")
+    attention = {"decode_attention": None, "prefill_attention": None}
+    without = dataclasses.replace(shipped, weights=None, head=None, matrix={}, **attention)
+    one, other = (plan("llama-3.1-8b", "h100-80gb", profile=profile, **fields) for profile in (shipped, without))
+    assert one.layouts == other.layouts
+    without_host = dataclasses.replace(shipped, host=None)
+    assert plan("llama-3.1-8b", "h100-80gb", profile=without_host).layouts[0].source == "datasheet host"
+
+
 def test_the_slow_host_bounds():
     profile = dataclasses.replace(DATASHEET_ONLY, host=Curve((1, 256), (1.0, 2.0)))
     points = plan("llama-3.1-8b", "h100-80gb", profile=profile).layouts[0].decode
