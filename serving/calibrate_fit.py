@@ -180,5 +180,4 @@ def _predicted(profile: SpeedProfile, dtype: str, model: LlamaConfig, mesh: str,
     kind, count, context = point
     if kind == "chunk":
         return times.chunk(count, count * (count + 1) / 2 + count * context).total
-    stages = times.stages.count
-    return times.decode(count * stages, context).total / stages
+    return times.tick(count, context).total

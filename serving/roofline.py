@@ -23,6 +23,9 @@ from .speed_profile import Curve, SpeedProfile
 from .step_plan import finishes_read_rows
 from .weights import Weights
 
+# Rows of larger steps that a smaller one could be padded to.
+PADDED = tuple(2**i for i in range(1, 9))
+
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
@@ -38,6 +41,10 @@ class Seconds:
     @property
     def total(self) -> float:
         return max(self.memory + self.matrix + self.links, self.host) + self.wait
+
+    def reading(self, memory: float) -> Seconds:
+        """With so many seconds of memory more."""
+        return dataclasses.replace(self, memory=self.memory + memory)
 
     @property
     def bound(self) -> str:
@@ -110,11 +117,29 @@ class StepTimes:
         """
         ticks = self.stages.count
         rows = -(-batch // ticks)
-        memory, matrix = self._products(rows)
-        measured = self.speeds.decode_attention
-        attention = rows * context * self.kv_bytes / (measured.at(rows) if measured else self._bandwidth)
-        tick = Seconds(memory + attention + self._rest(rows, rows), matrix, self._links(rows, rows), self._host(rows))
+        # The engine could add empty rows, so that no step takes longer than a larger one, whatever the curves say: as
+        # when they are of an engine that had a step of one row, which has one of two instead today.
+        steps = [self._step(rows), *(step for size, step in self._padded if size > rows)]
+        attention = self._attention(rows, context)
+        tick = min((step.reading(attention) for step in steps), key=lambda seconds: seconds.total)
         return Seconds(*(ticks * part for part in dataclasses.astuple(tick)))
+
+    def tick(self, rows: int, context: float) -> Seconds:
+        """Of a step, or over stages of a tick, that decodes `rows` sequences of `context` tokens, by the curves alone."""
+        return self._step(rows).reading(self._attention(rows, context))
+
+    @functools.cached_property
+    def _padded(self) -> list[tuple[int, Seconds]]:
+        return [(size, self._step(size)) for size in PADDED]
+
+    def _step(self, rows: int) -> Seconds:
+        """A tick of `rows` rows that decode, without attention."""
+        memory, matrix = self._products(rows)
+        return Seconds(memory + self._rest(rows, rows), matrix, self._links(rows, rows), self._host(rows))
+
+    def _attention(self, rows: int, context: float) -> float:
+        measured = self.speeds.decode_attention
+        return rows * context * self.kv_bytes / (measured.at(rows) if measured else self._bandwidth)
 
     def prefill(self, tokens: int, chunk: int) -> Seconds:
         """A prompt alone, in chunks of at most `chunk` tokens that follow each other through the stages: one for each

@@ -28,8 +28,8 @@ LINKS = {"all_reduce": ("bytes", "seconds"), "vocab": ("rows", "seconds"), "hop"
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Measured points (x ascending, y), joined by straight lines; constant before the first and, unless `extends`,
-    after the last."""
+    """Measured points (x ascending, y), joined by straight lines; constant before the first and after the last, where a
+    curve that `extends` goes on rising, but never falls: what noise leaves would be less than nothing soon."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]
@@ -42,7 +42,7 @@ class Curve:
     def at(self, x: float) -> float:
         if x <= self.x[0] or len(self.x) == 1:
             return self.y[0]
-        if x >= self.x[-1] and not self.extends:
+        if x >= self.x[-1] and not (self.extends and self.y[-1] > self.y[-2]):
             return self.y[-1]
         i = min(bisect.bisect(self.x, x), len(self.x) - 1)
         share = (x - self.x[i - 1]) / (self.x[i] - self.x[i - 1])

@@ -125,6 +125,18 @@ def test_h100_profile_gives_the_measured_steps():
         assert predicted[batch] == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("card", ["h100-80gb", "h200"])
+@pytest.mark.parametrize("count", [2, 8, 12])
+def test_no_step_takes_longer_than_a_larger_one(card, count):
+    """Though an H100's profile has ten times more at one row than at eight for the logits' way over two devices."""
+    for model in ("llama-3.1-8b", "llama-3.1-70b"):
+        for layout in plan(model, card, count, max_num_seqs=300).layouts:
+            seconds = [point.seconds for point in layout.decode]
+            assert seconds == sorted(seconds), layout.mesh
+    alone, many = (plan("llama-3.1-8b", "h100-80gb", 2, mesh="tensor=2", max_num_seqs=n).layouts[0] for n in (1, 256))
+    assert alone.decode[0] == many.decode[0]
+
+
 def test_stages_take_turns():
     """A token takes a tick per stage, each for its share of the sequences: weights are read as often as on one."""
     one = plan("llama-3.1-8b", "h100-80gb", profile=DATASHEET_ONLY).layouts[0].decode
@@ -256,6 +268,9 @@ def test_curves_and_profiles():
     curve = Curve((1, 3), (10.0, 20.0))
     assert [curve.at(x) for x in (0, 1, 2, 3, 5)] == [10, 10, 15, 20, 20]
     assert Curve((1, 3), (10.0, 20.0), extends=True).at(5) == 30
+    assert Curve((1, 3), (20.0, 10.0), extends=True).at(5) == 10
+    layer = shipped_profile("h100-80gb").layer
+    assert [layer.at(rows) for rows in (8192, 16384)] == [layer.y[-1]] * 2
     assert shipped_profile("mi300x") == SpeedProfile("mi300x")
     assert set(shipped_profile("h200").all_reduce) == {2, 4}
     with pytest.raises(ValueError, match="speed profile mine: 'accelerator' is missing"):
