@@ -116,13 +116,13 @@ def run(args: argparse.Namespace) -> int:
         found = proved(found, read_model(args.model)[1], lambda line: print(line, file=sys.stderr))
     if not any(layout.fits for layout in found.layouts):
         raise ValueError(unfit_sentence(found, _smallest(found)))
+    limits = {name: None if getattr(args, name) is None else getattr(args, name) / 1000 for name in ("ttft", "itl")}
     if args.html:
-        write_html(found, Path(args.html))
+        write_html(found, Path(args.html), **limits)
     if args.json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(found.to_json(**limits)))
     else:
-        ttft, itl = (value / 1000 if value else None for value in (args.ttft, args.itl))
-        print(plan_report(found, ttft=ttft, itl=itl))
+        print(plan_report(found, **limits))
         if args.prove:
             print("\n" + proof_report(found))
     if args.html:

@@ -124,7 +124,7 @@ class LayoutPlan:
     def to_json(self) -> dict[str, Any]:
         held = self.bytes_per_device
         return {
-            "mesh": str(self.mesh) if self.mesh.axes else "",
+            "mesh": mesh_text(self.mesh),
             "fits": self.fits,
             "reason": self.reason,
             "bytes_per_device": {
@@ -137,6 +137,10 @@ class LayoutPlan:
             "kv_tokens": self.kv_tokens,
             "prefill_seconds": self.prefill_seconds,
             "decode": [dataclasses.asdict(point) for point in self.decode],
+            "source": self.source or None,
+            "untimed": self.untimed or None,
+            "rules": self.rules,
+            "sequences": self.sequences,
             **({"proof": dataclasses.asdict(self.proof)} if self.proof else {}),
         }
 
@@ -155,17 +159,31 @@ class Plan:
         device-seconds a token."""
         found = []
         for layout in self.layouts:
-            if not layout.fits or layout.prefill_seconds is None or (ttft and layout.prefill_seconds > ttft):
+            if layout.prefill_seconds is None or (ttft is not None and layout.prefill_seconds > ttft):
                 continue
-            points = [point for point in layout.decode if not itl or point.seconds <= itl]
+            points = [point for point in layout.decode if itl is None or point.seconds <= itl]
             if points:
                 found.append((layout, max(points, key=lambda point: point.tokens_per_second)))
         return sorted(found, key=lambda pair: pair[0].num_devices / pair[1].tokens_per_second)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, ttft: float | None = None, itl: float | None = None) -> dict[str, Any]:
+        """One JSON object, with who keeps to these seconds, cheapest first; a layout `meets` them or does not, and is
+        not asked without any."""
+        met = {layout.mesh: point.batch for layout, point in self.meeting(ttft=ttft, itl=itl)}
+        asked = ttft is not None or itl is not None
         return {
             "model": self.model,
             "accelerator": self.accelerator.name,
             "count": self.count,
-            "layouts": [layout.to_json() for layout in self.layouts],
+            "layouts": [layout.to_json() | {"meets": layout.mesh in met if asked else None} for layout in self.layouts],
+            "objectives": {
+                "ttft_seconds": ttft,
+                "itl_seconds": itl,
+                "cheapest": [{"mesh": mesh_text(mesh), "batch": batch} for mesh, batch in met.items()],
+            },
         }
+
+
+def mesh_text(mesh: MeshConfig) -> str:
+    """In the flag's spelling, in which one device is empty."""
+    return str(mesh) if mesh.axes else ""

@@ -125,7 +125,7 @@ class StepTimes:
         return Seconds(*(ticks * part for part in dataclasses.astuple(tick)))
 
     def tick(self, rows: int, context: float) -> Seconds:
-        """Of a step, or over stages of a tick, that decodes `rows` sequences of `context` tokens, by the curves alone."""
+        """Of a step, or over stages of a tick, decoding `rows` sequences of `context` tokens, by the curves alone."""
         return self._step(rows).reading(self._attention(rows, context))
 
     @functools.cached_property

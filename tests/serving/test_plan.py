@@ -284,19 +284,34 @@ def test_curves_and_profiles():
 
 
 def test_json(capsys):
-    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--count", "2", "--json"]) == 0
+    limits = ["--ttft", "20", "--itl", "6"]
+    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--count", "2", "--json", *limits]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [found[key] for key in ("model", "accelerator", "count")] == ["llama-3.1-8b", "h100-80gb", 2]
     assert [layout["mesh"] for layout in found["layouts"]] == ["data=2", "pipe=2", "tensor=2"]
     for layout in found["layouts"]:
         assert list(layout) == [
             *("mesh", "fits", "reason", "bytes_per_device", "kv_bytes_per_token", "kv_tokens"),
-            *("prefill_seconds", "decode"),
+            *("prefill_seconds", "decode", "source", "untimed", "rules", "sequences", "meets"),
         ]
         held = layout["bytes_per_device"]
         assert list(held) == ["weights", "kv_cache", "temp", "total"]
         assert held["total"] == held["weights"] + held["kv_cache"] + held["temp"]
         assert list(layout["decode"][0]) == ["batch", "seconds", "bound"]
+        assert (layout["source"], layout["untimed"], layout["rules"]) == ("measured", None, "")
+        assert layout["sequences"] >= 256
+    assert [layout["meets"] for layout in found["layouts"]] == [False, False, True]
+    cheapest = [{"mesh": "tensor=2", "batch": 64}]
+    assert found["objectives"] == {"ttft_seconds": 0.02, "itl_seconds": 0.006, "cheapest": cheapest}
+
+
+def test_json_without_objectives_or_times():
+    found = plan("llama-3.1-8b", "h100-80gb", 4, layout="pope-xyz-weight-gathered").to_json()
+    (layout,) = found["layouts"]
+    assert (layout["source"], layout["meets"]) == (None, None)
+    assert layout["untimed"] == "times are not predicted for layouts that split embed"
+    assert layout["rules"] == "embed=x,vocab=,batch=x"
+    assert found["objectives"] == {"ttft_seconds": None, "itl_seconds": None, "cheapest": []}
 
 
 def test_table_and_page(capsys, tmp_path):
@@ -309,6 +324,7 @@ def test_table_and_page(capsys, tmp_path):
     assert "TTFT <= 1000 ms and ITL <= 30 ms, cheapest first:\nmesh" in text
     html = page.read_text()
     assert "Pareto front" in html
+    assert "TTFT &lt;= 1000 ms and ITL &lt;= 30 ms, cheapest first:" in html
     assert "memory of h100-80gb" in html
     assert "8,704 KV tokens" in html
 
