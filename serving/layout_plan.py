@@ -40,8 +40,9 @@ class Demand:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "input_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
+        if self.max_model_len is not None:
+            check_count("max_model_len", self.max_model_len)
         choices: dict[str, Sequence[Any]] = {
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "quantization": (None, *QUANTIZED),
@@ -55,8 +56,9 @@ class Demand:
             raise ValueError(
                 f"max_model_len {self.max_model_len} is less than input_len + output_len, {self.length} tokens"
             )
-        if self.utilization is not None and not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization must be in (0, 1], got {self.utilization}")
+        share = self.utilization
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+            raise ValueError(f"utilization must be a number in (0, 1], got {share!r}")
 
     @property
     def length(self) -> int:
@@ -182,6 +184,14 @@ class Plan:
                 "cheapest": [{"mesh": mesh_text(mesh), "batch": batch} for mesh, batch in met.items()],
             },
         }
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError naming what is no whole number from 1 on."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def mesh_text(mesh: MeshConfig) -> str:

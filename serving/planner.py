@@ -20,7 +20,7 @@ from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
 from .footprint import SLACK, Footprint
 from .kv_cache import kv_bytes_per_token, page_bytes
-from .layout_plan import KV_DTYPES, DecodePoint, Demand, LayoutPlan, Plan
+from .layout_plan import KV_DTYPES, DecodePoint, Demand, LayoutPlan, Plan, check_count
 from .roofline import StepTimes
 from .speed_profile import SpeedProfile, shipped_profile
 from .weights import Weights
@@ -41,12 +41,17 @@ def plan(
     """Plan `model` (a folder, a config.json, or a shape's name) on `count` accelerators.
 
     Without `mesh` and `layout` every split of `count` over replicas, stages and tensor parallelism is planned, with
-    `rules`. `fields` are those of `Demand`; `profile` replaces the shipped one. Raises ValueError (OSError for files)
-    naming what is wrong, for a layout that was asked for and does not divide too.
+    `rules`, all in the flags' spelling. `fields` are those of `Demand`; `profile` replaces the shipped one. Raises
+    ValueError (OSError for files) naming what is wrong, for a layout that was asked for and does not divide too.
     """
-    card = accelerator_name if isinstance(accelerator_name, Accelerator) else accelerator(accelerator_name)
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_count("count", count)
+    for argument, text in (("mesh", mesh), ("rules", rules), ("layout", layout)):
+        if not isinstance(text, str):
+            raise ValueError(f"{argument} must be text in the flag's spelling, as in 'tensor=4', got {text!r}")
+    for argument, value, kind in (("demand", demand, Demand), ("profile", profile, SpeedProfile)):
+        if not isinstance(value, kind | None):
+            raise ValueError(f"{argument} must be a {kind.__name__}, got {value!r}")
+    card = accelerator_name if isinstance(accelerator_name, Accelerator) else accelerator(str(accelerator_name))
     name, config = read_model(model)
     demand = dataclasses.replace(demand or Demand(), **fields)
     memory = card.memory_bytes if demand.memory == "driver" else card.datasheet_bytes
@@ -57,12 +62,14 @@ def plan(
         asked_by = "max_model_len" if demand.max_model_len else "input_len + output_len,"
         raise ValueError(f"{asked_by} {demand.longest} is more than the {config.context_length} tokens of {name}")
     if mesh or layout:
-        text = LayoutText.read(mesh, rules, layout)
-        asked = text.mesh_config(count)
+        read = LayoutText.read(mesh, rules, layout)
+        asked = read.mesh_config(count)
         if asked.num_devices > count:
             raise ValueError(f"mesh {asked} needs {asked.num_devices} devices, but count is {count}")
-        found = [plan_layout(config, card, memory, demand, profile, asked, text.rules)]
+        found = [plan_layout(config, card, memory, demand, profile, asked, read.rules)]
     else:
+        # Rules that no mesh of these axes could have are no matter of what divides.
+        PlannedLayout.of("pipe=1,tensor=1", rules)
         found = []
         for candidate in sensible_meshes(config, count):
             try:

@@ -18,7 +18,7 @@ from paddock.serving.layout_plan import Plan
 from paddock.serving.plan_report import plan_report
 from paddock.serving.roofline import Seconds
 from paddock.serving.speed_profile import Curve, SpeedProfile, shipped_profile
-from paddock.sharding.accelerators import accelerator
+from paddock.sharding.accelerators import accelerator, accelerators
 from paddock.sharding.memory import PlannedLayout
 
 DATASHEET_ONLY = SpeedProfile("h100-80gb")
@@ -338,6 +338,12 @@ def test_table_and_page(capsys, tmp_path):
         (["llama-3.1-8b", "--accelerator", "h1000"], "accelerator 'h1000' is unknown"),
         (["llama-9"], "model 'llama-9' is neither a folder, nor a config.json, nor one of llama-2-7b"),
         (["llama-3.1-8b", "--count", "0"], "count must be at least 1"),
+        (
+            ["llama-3.1-8b", "--count", "8", "--rules", "nosuch=tensor"],
+            "^paddock: rules: unknown logical axis 'nosuch'",
+        ),
+        (["llama-3.1-8b", "--count", "8", "--rules", "mlp=nosuch"], "^paddock: rules: mlp names mesh axis 'nosuch'"),
+        (["llama-3.1-8b", "--count", "3", "--rules", "mlp=tensor"], "no layout of 3 devices .*: rules: mlp names"),
         (["llama-3.1-8b", "--itl", "0"], "--itl must be more than 0 ms"),
         (["llama-3.1-8b", "--max-model-len", "100"], "max_model_len 100 is less than input_len"),
         (["llama-2-7b", "--max-model-len", "9999"], "more than the 4096 tokens of llama-2-7b"),
@@ -359,6 +365,40 @@ def test_one_clear_sentence(words, message, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
+
+
+WRONG = """
+from paddock.serving import plan
+for fields in (
+    {"count": 1.5}, {"count": "8"}, {"mesh": {"tensor": 4}}, {"rules": {"mlp": "tensor"}}, {"layout": 3},
+    {"input_len": 1.5}, {"max_model_len": "8192"}, {"max_model_len": 0}, {"utilization": "0.9"},
+    {"accelerator_name": ["h200"]}, {"profile": "mine.toml"}, {"demand": {}},
+):
+    try:
+        plan(**{"model": "llama-3.1-8b", "accelerator_name": "h100-80gb"} | fields)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_arguments_of_another_kind():
+    """Without the type checks of tests."""
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=True)
+    spelling = "must be text in the flag's spelling, as in 'tensor=4', got"
+    assert done.stdout.splitlines() == [
+        "count must be an int, got 1.5",
+        "count must be an int, got '8'",
+        f"mesh {spelling} {{'tensor': 4}}",
+        f"rules {spelling} {{'mlp': 'tensor'}}",
+        f"layout {spelling} 3",
+        "input_len must be an int, got 1.5",
+        "max_model_len must be an int, got '8192'",
+        "max_model_len must be at least 1, got 0",
+        "utilization must be a number in (0, 1], got '0.9'",
+        f"accelerator \"['h200']\" is unknown; there are {', '.join(accelerators())}",
+        "profile must be a SpeedProfile, got 'mine.toml'",
+        "demand must be a Demand, got {}",
+    ]
 
 
 def test_config_without_a_field(capsys, tmp_path):
