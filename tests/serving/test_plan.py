@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -283,6 +284,34 @@ def test_curves_and_profiles():
         plan("llama-3.1-8b", "h100-80gb", profile=shipped_profile("h200"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('copy = "fast"', "copy must be a number, got 'fast'"),
+        ("copy = -1", "copy must be a number above 0, got -1"),
+        ("copy = nan", "copy must be a number above 0, got nan"),
+        ("weights = 3", "weights must be a table of rows and bytes_per_second, got 3"),
+        ("[weights]\nrows = [1]", "weights has no bytes_per_second"),
+        ("[[hop]]\nbytes = [1]\nseconds = [0]", "hop has no devices"),
+        ("[weights]\nrows = 1\nbytes_per_second = [1.0]", "weights.rows must be an array, got 1"),
+        ("[weights]\nrows = [1]\nbytes_per_second = [0]", "each of weights.bytes_per_second must be .* above 0, got 0"),
+        ('[host]\nrows = [1, 2]\nseconds = ["a", "b"]', "each of host.seconds must be a number, got 'a'"),
+        ("[host]\nrows = [1]\nseconds = [-1.0]", "each of host.seconds must be a number of at least 0, got -1.0"),
+        ("[host]\nrows = [2, 1]\nseconds = [1.0, 2.0]", r"points must ascend.*\[2, 1\].* in host"),
+        ("[hop]\ndevices = 2", "hop must be an array of tables, got {'devices': 2}"),
+        ("[[hop]]\nbytes = [1]\nseconds = [0]\ndevices = 'two'", "hop.devices must be a whole number, got 'two'"),
+        ("[matrix]\nbfloat16 = 3", "matrix.bfloat16 must be a table of rows and operations_per_second, got 3"),
+        ("fitted = 1", "fitted must be an array, got 1"),
+    ],
+)
+def test_a_profile_that_is_wrong(text, message, tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'accelerator = "h100-80gb"\n{text}')
+    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--profile", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^paddock: speed profile {re.escape(str(file))}: {message}", line)
+
+
 def test_json(capsys):
     limits = ["--ttft", "20", "--itl", "6"]
     assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--count", "2", "--json", *limits]) == 0
@@ -359,8 +388,6 @@ def test_table_and_page(capsys, tmp_path):
     ],
 )
 def test_one_clear_sentence(words, message, capsys):
-    import re
-
     assert main(["plan", "--accelerator", "h100-80gb", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
