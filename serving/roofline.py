@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 
 from paddock.model import Dims, LlamaConfig, Stages
 from paddock.sharding import Layout, MeshConfig
 from paddock.sharding.accelerators import Accelerator
+from paddock.sharding.islands import hop_leaves, span
 
 from .chunk_budget import WEIGHT_BOUND
 from .kv_cache import page_bytes
@@ -223,7 +222,7 @@ class StepTimes:
             if (hop := self._measured(self.speeds.hop, rules.layers)) is not None:
                 seconds += hop.at(rows * row)
             else:
-                across = _hop_leaves(self.mesh, rules.layers, self.accelerator.island)
+                across = hop_leaves(self.mesh, rules.layers, self.accelerator.island)
                 seconds += self.accelerator.send_seconds(rows * row, across=across)
         return seconds
 
@@ -232,44 +231,20 @@ class StepTimes:
         axes = self.layout.rules.vocab
         if (measured := self._measured(self.speeds.vocab, axes)) is not None:
             return measured.at(head_rows)
-        across = _group(self.mesh, axes, self.accelerator.island)[1] > 1
+        across = span(self.mesh, axes, self.accelerator.island)[1] > 1
         logits = head_rows * self.model.vocab_size * 4 / shards
         sent = self.accelerator.send_seconds(logits * (shards - 1) / shards, across=across)
         return self._all_reduce(num_bytes, axes) + sent
 
     def _measured(self, curves: Mapping[int, Curve], axes: tuple[str, ...]) -> Curve | None:
         """The curve of as many devices as `axes` join, where they all lie in an island."""
-        size, islands = _group(self.mesh, axes, self.accelerator.island)
+        size, islands = span(self.mesh, axes, self.accelerator.island)
         return curves.get(size) if islands == 1 else None
 
     def _all_reduce(self, num_bytes: float, axes: tuple[str, ...]) -> float:
-        size, islands = _group(self.mesh, axes, self.accelerator.island)
+        size, islands = span(self.mesh, axes, self.accelerator.island)
         if size == 1:
             return 0.0
         if (measured := self._measured(self.speeds.all_reduce, axes)) is not None:
             return measured.at(num_bytes)
         return self.accelerator.all_reduce_seconds(num_bytes, size, islands)
-
-
-def _grid(mesh: MeshConfig, axes: tuple[str, ...], island: int) -> Iterator[tuple[int, ...]]:
-    """For each group of devices that `axes` distinguish, in which islands they are; devices fill islands in order."""
-    names = list(mesh.sizes)
-    ids = np.arange(mesh.num_devices).reshape(tuple(mesh.sizes.values())) // island
-    ids = np.moveaxis(ids, [names.index(axis) for axis in axes], range(len(axes)))
-    return map(tuple, ids.reshape(math.prod(mesh.sizes[axis] for axis in axes), -1).T.tolist())
-
-
-@functools.lru_cache(maxsize=4096)
-def _group(mesh: MeshConfig, axes: tuple[str, ...], island: int) -> tuple[int, int]:
-    """How many devices `axes` join, and over how many islands the widest such group lies."""
-    axes = tuple(axis for axis in axes if axis in mesh.sizes)
-    if not axes:
-        return 1, 1
-    groups = list(_grid(mesh, axes, island))
-    return len(groups[0]), max(len(set(group)) for group in groups)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hop_leaves(mesh: MeshConfig, axes: tuple[str, ...], island: int) -> bool:
-    """Whether some stage's next one, the first after the last, is in another island."""
-    return any(a != b for group in _grid(mesh, axes, island) for a, b in zip(group, group[1:] + group[:1], strict=True))
