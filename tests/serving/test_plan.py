@@ -250,7 +250,7 @@ print(layouts / (time.process_time() - start))
 
 
 def test_a_notebook_may_sweep_thousands():
-    """200 layouts a second of CPU time, where a slow core reaches 1,500; without the type checks of tests."""
+    """200 layouts a second of CPU time, where a slow core reaches 1,000; without the type checks of tests."""
     done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 200
 
