@@ -176,12 +176,9 @@ def plan_layout(
 def _decode_points(times: StepTimes, demand: Demand, sequences: int, replicas: int) -> tuple[DecodePoint, ...]:
     """At half of the output, for every batch that is held at once, equally large on each of the replicas."""
     context = demand.input_len + demand.output_len / 2
-    points = []
-    for batch in demand.batch_sizes:
-        if batch * replicas <= sequences:
-            step = times.decode(batch, context)
-            points.append(DecodePoint(batch * replicas, step.total, step.bound))
-    return tuple(points)
+    held = [batch for batch in demand.batch_sizes if batch * replicas <= sequences]
+    steps = zip(held, times.decodes(held, context), strict=True)
+    return tuple(DecodePoint(batch * replicas, step.total, step.bound) for batch, step in steps)
 
 
 def _reason(demand: Demand, fixed: DeviceBytes, room: str, left: int, tokens: int, partitions: int, wanted: int) -> str:

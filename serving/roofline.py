@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -114,22 +114,26 @@ class StepTimes:
 
         Over P stages that takes P ticks, in each of which every stage works on another group of batch / P sequences.
         """
+        return self.decodes([batch], context)[0]
+
+    def decodes(self, batches: Sequence[int], context: float) -> list[Seconds]:
+        """`decode` of each of `batches`, none of which takes longer than a larger one."""
         ticks = self.stages.count
-        rows = -(-batch // ticks)
+        rows = [-(-batch // ticks) for batch in batches]
         # The engine could add empty rows, so that no step takes longer than a larger one, whatever the curves say: as
         # when they are of an engine that had a step of one row, which has one of two instead today.
-        steps = [self._step(rows), *(step for size, step in self._padded if size > rows)]
-        attention = self._attention(rows, context)
-        tick = min((step.reading(attention) for step in steps), key=lambda seconds: seconds.total)
-        return Seconds(*(ticks * part for part in dataclasses.astuple(tick)))
+        sizes = sorted({*rows, *PADDED})
+        steps, reads = [self._step(size) for size in sizes], [self._attention(size, context) for size in sizes]
+        found = []
+        for first in map(sizes.index, rows):
+            attention = min(reads[first:])
+            tick = min((step.reading(attention) for step in steps[first:]), key=lambda seconds: seconds.total)
+            found.append(Seconds(*(ticks * part for part in dataclasses.astuple(tick))))
+        return found
 
     def tick(self, rows: int, context: float) -> Seconds:
         """Of a step, or over stages of a tick, decoding `rows` sequences of `context` tokens, by the curves alone."""
         return self._step(rows).reading(self._attention(rows, context))
-
-    @functools.cached_property
-    def _padded(self) -> list[tuple[int, Seconds]]:
-        return [(size, self._step(size)) for size in PADDED]
 
     def _step(self, rows: int) -> Seconds:
         """A tick of `rows` rows that decode, without attention."""

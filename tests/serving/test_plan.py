@@ -134,6 +134,10 @@ def test_no_step_takes_longer_than_a_larger_one(card, count):
         for layout in plan(model, card, count, max_num_seqs=300).layouts:
             seconds = [point.seconds for point in layout.decode]
             assert seconds == sorted(seconds), layout.mesh
+    noise = {"weights": Curve((1, 50, 99), (1e12, 1e10, 9e12)), "host": Curve((1, 80, 99), (2.0, 1.0, 3.0))}
+    worse = dataclasses.replace(shipped_profile("h100-80gb"), **noise, vocab={2: Curve((1, 64, 150), (2.0, 9.0, 0.1))})
+    (noisy,) = plan("llama-3.1-8b", "h100-80gb", 2, mesh="tensor=2", max_num_seqs=100, profile=worse).layouts
+    assert [point.seconds for point in noisy.decode] == sorted(point.seconds for point in noisy.decode)
     alone, many = (plan("llama-3.1-8b", "h100-80gb", 2, mesh="tensor=2", max_num_seqs=n).layouts[0] for n in (1, 256))
     assert alone.decode[0] == many.decode[0]
 
