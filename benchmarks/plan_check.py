@@ -24,17 +24,17 @@ from typing import Any
 
 import jax
 
-from paddock.model import Dims, LlamaConfig
+from paddock.model import LlamaConfig
 from paddock.model.shapes import SHAPES
 from paddock.serving.calibrate import point_name
 from paddock.serving.collect_env import describe_devices
 from paddock.serving.footprint import SLACK, Footprint
-from paddock.serving.kv_cache import page_bytes
 from paddock.serving.resolve import Resolved
-from paddock.serving.roofline import StepTimes, Weights
+from paddock.serving.roofline import StepTimes
 from paddock.serving.speed_profile import read_profile, shipped_profile
 from paddock.serving.text_table import text_table
 from paddock.serving.timed_engine import TimedEngine
+from paddock.serving.weights import Weights
 from paddock.sharding import MeshConfig
 from paddock.sharding.accelerators import accelerator as named_accelerator
 from paddock.sharding.memory import DeviceBytes, PlannedLayout
@@ -180,9 +180,8 @@ class Predictor:
                 raise ValueError(f"the profile was fitted to {name}, which can be no test of it")
         model, dtype = case.model, case.model.dtype
         weights = Weights.of(model, self.layout, dtype, None)
-        per_token = page_bytes(Dims.of(model, self.layout), self.layout, 1, dtype)
         card = named_accelerator(speeds.accelerator)
-        self.times = StepTimes(model, self.layout, self.mesh, weights, per_token, dtype, card, speeds)
+        self.times = StepTimes(model, self.layout, self.mesh, weights, dtype, dtype, card, speeds)
 
     def held(self, resolved: Resolved) -> DeviceBytes:
         """Bytes per device of an engine with the number of pages that it chose."""
@@ -194,7 +193,6 @@ def measure(engine: TimedEngine, predictor: Predictor, point: tuple[str, int, in
     """Predicted and measured, in bytes or seconds, and what else is worth knowing of the point."""
     kind, count, context = point
     times = predictor.times
-    source = "measured" if times.measured else "datasheet"
     if kind == "bytes":
         held = predictor.held(engine.engines[0].resolved)
         found = [device.memory_stats() for device in jax.devices()[: predictor.mesh.num_devices]]
@@ -204,10 +202,10 @@ def measure(engine: TimedEngine, predictor: Predictor, point: tuple[str, int, in
         return {"predicted": held.total - held.temp, "measured": in_use, "peak": peak, "peak_predicted": held.total}
     if kind == "prefill":
         step, measured = times.prefill(count, engine.engines[0].resolved.plan.max_chunk_tokens), engine.prefill(count)
-        return {"predicted": step.total, "measured": measured, "bound": step.bound, "figures": source}
+        return {"predicted": step.total, "measured": measured, "bound": step.bound, "figures": times.source}
     done = engine.decode(count, context)
     step = times.decode(count // predictor.mesh.num_replicas, done.context)
-    found = {"predicted": step.total, "measured": done.seconds, "bound": step.bound, "figures": source}
+    found = {"predicted": step.total, "measured": done.seconds, "bound": step.bound, "figures": times.source}
     return found | {"mean_context": done.context}
 
 

@@ -10,14 +10,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from paddock.model import Dims, LlamaConfig
+from paddock.model import LlamaConfig
 from paddock.sharding import MeshConfig
 from paddock.sharding.accelerators import Accelerator
 from paddock.sharding.memory import PlannedLayout
 
-from .kv_cache import page_bytes
-from .roofline import StepTimes, Weights
+from .roofline import StepTimes
 from .speed_profile import Curve, SpeedProfile
+from .weights import Weights
 
 # ("decode", rows, context) or ("chunk", tokens, start) -> seconds
 Times = Mapping[tuple[str, int, int], float]
@@ -128,8 +128,7 @@ def step_times(profile: SpeedProfile, dtype: str, model: LlamaConfig, mesh: str)
     layout = PlannedLayout.of(parsed)
     card = Accelerator(profile.accelerator, 0, 1.0, math.inf, {}, "", math.inf, parsed.num_devices, "measured")
     weights = Weights.of(model, layout, dtype, None)
-    per_token = page_bytes(Dims.of(model, layout), layout, 1, dtype)
-    return StepTimes(model, layout, parsed, weights, per_token, dtype, card, profile)
+    return StepTimes(model, layout, parsed, weights, dtype, dtype, card, profile)
 
 
 def per_layer(model: LlamaConfig, dtype: str) -> Weights:
@@ -181,5 +180,4 @@ def _predicted(profile: SpeedProfile, dtype: str, model: LlamaConfig, mesh: str,
     kind, count, context = point
     if kind == "chunk":
         return times.chunk(count, count * (count + 1) / 2 + count * context).total
-    stages = times.stages.count
-    return times.decode(count * stages, context).total / stages
+    return times.tick(count, context).total

@@ -58,15 +58,19 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "bfloat16", "float16", "fp8_e4m3", "int8"),
         help="of keys and values (default: --dtype)",
     )
-    engine.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="at once (default: %(default)s)")
+    engine.add_argument(
+        "--max-num-seqs", type=int, default=256, metavar="N", help="at once on each replica (default: %(default)s)"
+    )
     engine.add_argument(
         "--max-num-batched-tokens",
         type=int,
         default=GPU_TOKENS,
         metavar="N",
-        help="prompt tokens in a step (default: %(default)s)",
+        help="prompt tokens in a replica's step (default: %(default)s)",
     )
-    engine.add_argument("--max-model-len", type=int, metavar="N", help="that the cache must hold (default: a page)")
+    engine.add_argument(
+        "--max-model-len", type=int, metavar="N", help="that the cache must hold (default: input and output)"
+    )
     engine.add_argument("--block-size", type=int, default=64, metavar="N", help="of a page (default: %(default)s)")
     load = parser.add_argument_group("load and objectives")
     load.add_argument("--input-len", type=int, default=1024, metavar="N", help="of a prompt (default: %(default)s)")
@@ -112,13 +116,13 @@ def run(args: argparse.Namespace) -> int:
         found = proved(found, read_model(args.model)[1], lambda line: print(line, file=sys.stderr))
     if not any(layout.fits for layout in found.layouts):
         raise ValueError(unfit_sentence(found, _smallest(found)))
+    limits = {name: None if getattr(args, name) is None else getattr(args, name) / 1000 for name in ("ttft", "itl")}
     if args.html:
-        write_html(found, Path(args.html))
+        write_html(found, Path(args.html), **limits)
     if args.json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(found.to_json(**limits)))
     else:
-        ttft, itl = (value / 1000 if value else None for value in (args.ttft, args.itl))
-        print(plan_report(found, ttft=ttft, itl=itl))
+        print(plan_report(found, **limits))
         if args.prove:
             print("\n" + proof_report(found))
     if args.html:

@@ -86,16 +86,25 @@ def free_bytes(layout: Layout, num_devices: int) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
-def refuse_too_large(footprint: Footprint, layout: Layout, tokens: int, available: int) -> None:
+def refuse_too_large(
+    footprint: Footprint, layout: Layout, tokens: int, available: int, *, shared: int | None = None
+) -> None:
     """Raises ValueError when weights, step and pages for `tokens` tokens need more than `available` bytes per device,
-    with the smallest layouts on which they fit."""
+    with the smallest layouts on which they fit. Where the devices are a CPU's, `shared` is what all have together."""
     need = footprint.least(layout, tokens)
     if need.fits(available):
         return
     model = footprint.model
+
+    def least(mesh: MeshConfig) -> DeviceBytes:
+        needed = footprint.least(PlannedLayout.of(mesh), tokens)
+        if shared is not None and not needed.fits(shared // mesh.num_devices):
+            raise ValueError("more devices have less each")
+        return needed
+
     found = smallest_meshes(
-        lambda mesh: footprint.least(PlannedLayout.of(mesh), tokens),
-        available,
+        least,
+        available if shared is None else shared,
         tensor=[n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0],
         pipe=[n for n in range(1, model.num_layers + 1) if n <= LARGEST_MESH],
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paddock.model import Dims, Stages
+from paddock.model import Dims, LlamaConfig, Stages
 from paddock.sharding import ArraySpec, Layout
 
 
@@ -31,6 +31,11 @@ def page_bytes(dims: Dims, layout: Layout, page_size: int, dtype: Any) -> int:
     num_slots = Stages.of(dims.config, layout).num_slots
     spec = cache_spec(dims, layout.num_shards("pages"), page_size, dtype)
     return 2 * num_slots * layout.bytes_per_device(spec)
+
+
+def kv_bytes_per_token(model: LlamaConfig, dtype: str) -> int:
+    """Keys and values of all layers, without what a layout repeats."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(dtype).itemsize
 
 
 def abstract_cache(spec: ArraySpec, stages: Stages, layout: Layout) -> KVCache:

@@ -24,8 +24,8 @@ pre {{ overflow-x: auto; background: #f4f4f4; padding: 1rem }}
 """
 
 
-def write_html(plan: Plan, path: Path) -> None:
-    """Raises OSError where it cannot be written."""
+def write_html(plan: Plan, path: Path, *, ttft: float | None = None, itl: float | None = None) -> None:
+    """With the layouts that keep to `ttft` and `itl` seconds. Raises OSError where it cannot be written."""
     speed = speed_figure([row for layout in plan.layouts for row in _decode_rows(plan, layout)])
     speed.update_layout(title="Predicted throughput against latency (decode)")
     memory = memory_figure([_row(layout) for layout in plan.layouts])
@@ -33,7 +33,7 @@ def write_html(plan: Plan, path: Path) -> None:
     page = _PAGE.format(
         title=html.escape(f"{plan.model} on {plan.count} x {plan.accelerator.name}"),
         subtitle=html.escape(f"Predicted, not run. Figures of the card: {plan.accelerator.source}."),
-        report=html.escape(plan_report(plan)),
+        report=html.escape(plan_report(plan, ttft=ttft, itl=itl)),
         figures=speed.to_html(full_html=False, include_plotlyjs=True)
         + memory.to_html(full_html=False, include_plotlyjs=False),
     )
@@ -44,7 +44,7 @@ def _row(layout: LayoutPlan) -> dict[str, Any]:
     """As the figures of a sweep have them."""
     return {
         "status": "ok",
-        "label": f"{layout.mesh} ({layout.source})",
+        "label": f"{layout.mesh} ({layout.source})" if layout.source else str(layout.mesh),
         "num_devices": layout.num_devices,
         "bytes_per_device": dataclasses.asdict(layout.bytes_per_device),
     }

@@ -12,7 +12,7 @@ from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
 from .footprint import SLACK
 from .kv_cache import page_bytes
-from .layout_plan import Demand, LayoutPlan, Plan
+from .layout_plan import Demand, LayoutPlan, Plan, mesh_text
 from .plan_prove import Proof, prove, require_wheels, target_description
 from .text_table import text_table
 
@@ -51,7 +51,7 @@ def with_proof(layout: LayoutPlan, proof: Proof) -> LayoutPlan:
     if held.total <= layout.available:
         return layout
     reason = f"the compiled steps need {held}, more than {show_bytes(layout.available)}"
-    return dataclasses.replace(layout, fits=False, reason=reason, prefill_seconds=None, decode=())
+    return dataclasses.replace(layout, fits=False, reason=reason, prefill_seconds=None, decode=(), source="")
 
 
 def proof_report(plan: Plan) -> str:
@@ -65,7 +65,7 @@ def _prove(config: LlamaConfig, card: str, demand: Demand, layout: LayoutPlan) -
     per_page = page_bytes(Dims.of(config, split), split, demand.block_size, jnp.dtype(dtype))
     return prove(
         config,
-        str(layout.mesh) if layout.mesh.axes else "",
+        mesh_text(layout.mesh),
         layout.rules,
         card,
         dtype=dtype,

@@ -28,7 +28,7 @@ def plan_report(plan: Plan, *, ttft: float | None = None, itl: float | None = No
     for reason in sorted(reasons):
         meshes = "; ".join(str(layout.mesh) for layout in plan.layouts if layout.untimed == reason)
         parts.append(f"no times for {meshes}: {reason}")
-    if ttft or itl:
+    if ttft is not None or itl is not None:
         parts.append(_objectives(plan, ttft, itl))
     return "\n\n".join(parts)
 
@@ -53,7 +53,7 @@ def _times_table(plan: Plan) -> str:
 
 
 def _objectives(plan: Plan, ttft: float | None, itl: float | None) -> str:
-    limits = [f"{name} <= {value * 1000:g} ms" for name, value in (("TTFT", ttft), ("ITL", itl)) if value]
+    limits = [f"{name} <= {value * 1000:g} ms" for name, value in (("TTFT", ttft), ("ITL", itl)) if value is not None]
     found = plan.meeting(ttft=ttft, itl=itl)
     if not found:
         return f"No layout meets {' and '.join(limits)}"
@@ -75,7 +75,11 @@ def _ms(seconds: float | None) -> str | None:
 
 def unfit_sentence(plan: Plan, smallest: str) -> str:
     """Why nothing fits, by the layout that comes nearest."""
-    nearest: LayoutPlan = min(plan.layouts, key=lambda layout: layout.bytes_per_device.total - layout.available)
+
+    def nearness(layout: LayoutPlan) -> tuple[int, int]:
+        return layout.kv_tokens // layout.mesh.num_replicas, layout.available - layout.bytes_per_device.total
+
+    nearest = max(plan.layouts, key=nearness)
     return (
         f"{plan.model} does not fit {plan.count} x {plan.accelerator.name} in any layout tried; mesh {nearest.mesh}: "
         f"{nearest.reason}. {smallest}"

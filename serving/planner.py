@@ -19,10 +19,11 @@ from paddock.sharding.accelerators import Accelerator, accelerator
 from paddock.sharding.memory import DeviceBytes, PlannedLayout, show_bytes
 
 from .footprint import SLACK, Footprint
-from .kv_cache import page_bytes
-from .layout_plan import KV_DTYPES, DecodePoint, Demand, LayoutPlan, Plan
-from .roofline import StepTimes, Weights, kv_bytes_per_token
+from .kv_cache import kv_bytes_per_token, page_bytes
+from .layout_plan import KV_DTYPES, DecodePoint, Demand, LayoutPlan, Plan, check_count
+from .roofline import StepTimes
 from .speed_profile import SpeedProfile, shipped_profile
+from .weights import Weights
 
 
 def plan(
@@ -40,29 +41,35 @@ def plan(
     """Plan `model` (a folder, a config.json, or a shape's name) on `count` accelerators.
 
     Without `mesh` and `layout` every split of `count` over replicas, stages and tensor parallelism is planned, with
-    `rules`. `fields` are those of `Demand`; `profile` replaces the shipped one. Raises ValueError (OSError for files)
-    naming what is wrong, for a layout that was asked for and does not divide too.
+    `rules`, all in the flags' spelling. `fields` are those of `Demand`; `profile` replaces the shipped one. Raises
+    ValueError (OSError for files) naming what is wrong, for a layout that was asked for and does not divide too.
     """
-    card = accelerator_name if isinstance(accelerator_name, Accelerator) else accelerator(accelerator_name)
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_count("count", count)
+    for argument, text in (("mesh", mesh), ("rules", rules), ("layout", layout)):
+        if not isinstance(text, str):
+            raise ValueError(f"{argument} must be text in the flag's spelling, as in 'tensor=4', got {text!r}")
+    for argument, value, kind in (("demand", demand, Demand), ("profile", profile, SpeedProfile)):
+        if not isinstance(value, kind | None):
+            raise ValueError(f"{argument} must be a {kind.__name__}, got {value!r}")
+    card = accelerator_name if isinstance(accelerator_name, Accelerator) else accelerator(str(accelerator_name))
     name, config = read_model(model)
     demand = dataclasses.replace(demand or Demand(), **fields)
     memory = card.memory_bytes if demand.memory == "driver" else card.datasheet_bytes
     profile = profile or shipped_profile(card.name)
     if profile.accelerator != card.name:
         raise ValueError(f"the speed profile is of {profile.accelerator}, not of {card.name}")
-    if demand.max_model_len and demand.max_model_len > config.context_length:
-        raise ValueError(
-            f"max_model_len {demand.max_model_len} is more than the {config.context_length} tokens of {name}"
-        )
+    if demand.longest > config.context_length:
+        asked_by = "max_model_len" if demand.max_model_len else "input_len + output_len,"
+        raise ValueError(f"{asked_by} {demand.longest} is more than the {config.context_length} tokens of {name}")
     if mesh or layout:
-        text = LayoutText.read(mesh, rules, layout)
-        asked = text.mesh_config(count)
+        read = LayoutText.read(mesh, rules, layout)
+        asked = read.mesh_config(count)
         if asked.num_devices > count:
             raise ValueError(f"mesh {asked} needs {asked.num_devices} devices, but count is {count}")
-        found = [plan_layout(config, card, memory, demand, profile, asked, text.rules)]
+        found = [plan_layout(config, card, memory, demand, profile, asked, read.rules)]
     else:
+        # Rules that no mesh of these axes could have are no matter of what divides.
+        PlannedLayout.of("pipe=1,tensor=1", rules)
         found = []
         for candidate in sensible_meshes(config, count):
             try:
@@ -134,31 +141,31 @@ def plan_layout(
     partitions = layout.num_shards("batch") * mesh.num_replicas
     # One page of each partition is scratch.
     tokens = max(left // per_page - 1, 0) * demand.block_size
-    least = max(demand.max_model_len or 0, demand.block_size)
-    sequences = tokens // (-(-demand.length // demand.block_size) * demand.block_size)
-    fits = tokens >= least
+    sequences = demand.sequences(tokens) * partitions
+    fits = tokens >= demand.longest
+    room = f"{share:.0%} of {show_bytes(memory)}"
     held = dataclasses.replace(fixed, kv_cache=max(left // per_page, 0) * per_page)
     prefill: float | None = None
     points: tuple[DecodePoint, ...] = ()
-    source, untimed = "datasheet", ""
+    source = untimed = ""
     if fits:
         try:
-            times = StepTimes(config, layout, mesh, weights, per_page / demand.block_size, dtype, card, profile)
+            times = StepTimes(config, layout, mesh, weights, dtype, kv_dtype, card, profile)
             prefill = times.prefill(demand.input_len, demand.max_num_batched_tokens).total
-            points = _decode_points(times, demand, sequences * partitions, mesh.num_replicas)
-            source = "measured" if times.measured else "datasheet"
+            points = _decode_points(times, demand, sequences, mesh.num_replicas)
+            source = times.source
         except ValueError as error:  # a figure that nobody knows, messages that are not modelled: bytes still hold
             untimed = str(error)
     return LayoutPlan(
         mesh=mesh,
         rules=rules,
         fits=fits,
-        reason=_reason(fits, fixed, memory, share, left, tokens * partitions, sequences * partitions, least, demand),
+        reason=_reason(demand, fixed, room, left, tokens, partitions, demand.max_num_seqs * mesh.num_replicas),
         bytes_per_device=held,
         available=available,
         kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
         kv_tokens=tokens * partitions,
-        sequences=sequences * partitions,
+        sequences=sequences,
         prefill_seconds=prefill,
         decode=points,
         source=source,
@@ -167,35 +174,22 @@ def plan_layout(
 
 
 def _decode_points(times: StepTimes, demand: Demand, sequences: int, replicas: int) -> tuple[DecodePoint, ...]:
-    """At half of the output, for every batch that is held at once, split equally over the replicas."""
+    """At half of the output, for every batch that is held at once, equally large on each of the replicas."""
     context = demand.input_len + demand.output_len / 2
-    points = []
-    for batch in demand.batch_sizes:
-        if replicas <= batch <= sequences:
-            step = times.decode(-(-batch // replicas), context)
-            points.append(DecodePoint(batch, step.total, step.bound))
-    return tuple(points)
+    held = [batch for batch in demand.batch_sizes if batch * replicas <= sequences]
+    steps = zip(held, times.decodes(held, context), strict=True)
+    return tuple(DecodePoint(batch * replicas, step.total, step.bound) for batch, step in steps)
 
 
-def _reason(
-    fits: bool,
-    fixed: DeviceBytes,
-    memory: int,
-    share: float,
-    left: int,
-    tokens: int,
-    sequences: int,
-    least: int,
-    demand: Demand,
-) -> str:
-    room = f"{share:.0%} of {show_bytes(memory)}"
+def _reason(demand: Demand, fixed: DeviceBytes, room: str, left: int, tokens: int, partitions: int, wanted: int) -> str:
+    """Of a layout that leaves `tokens` KV tokens in each of its `partitions`, for `wanted` sequences."""
     if left <= 0:
         return f"{fixed} without any page, more than {room}"
-    if not fits:
-        return f"{tokens:,} KV tokens are left in {room}, fewer than the {least:,} that are needed"
-    if sequences < demand.max_num_seqs:
-        return f"only {tokens:,} KV tokens are left: {sequences} sequences of {demand.length:,} at once"
-    return f"{tokens:,} KV tokens are left"
+    if tokens < demand.longest:
+        return f"{tokens:,} KV tokens are left to a sequence in {room}, fewer than the {demand.longest:,} that it needs"
+    if (sequences := demand.sequences(tokens) * partitions) < wanted:
+        return f"only {tokens * partitions:,} KV tokens are left: {sequences} sequences of {demand.length:,} at once"
+    return f"{tokens * partitions:,} KV tokens are left"
 
 
 def _divisors(count: int) -> list[int]:

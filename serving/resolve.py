@@ -251,7 +251,9 @@ def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num
         if asked is None:
             raise ValueError("this device does not tell its memory; give kv_cache_memory_bytes")
         return asked
-    refuse_too_large(footprint, layout, config.max_model_len or footprint.page_size, available)
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    shared = available * num_devices if on_cpu else None
+    refuse_too_large(footprint, layout, config.max_model_len or footprint.page_size, available, shared=shared)
     left = available - footprint.of(layout, 0).total
     if asked is not None:
         if asked > left:
@@ -260,7 +262,7 @@ def _cache_bytes(config: EngineConfig, footprint: Footprint, layout: Layout, num
                 f"{show_bytes(available)} free on each device"
             )
         return asked
-    if layout.mesh.devices.flat[0].platform == "cpu":
+    if on_cpu:
         return min(int(psutil.virtual_memory().total * CPU_CACHE_SHARE) // num_devices, CPU_CACHE_LIMIT, left)
     return left
 

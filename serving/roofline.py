@@ -7,57 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 
-from paddock.model import LlamaConfig, Stages, param_specs
-from paddock.model.stages import PREFIX
-from paddock.sharding import ArraySpec, Layout, MeshConfig
+from paddock.model import Dims, LlamaConfig, Stages
+from paddock.sharding import Layout, MeshConfig
 from paddock.sharding.accelerators import Accelerator
+from paddock.sharding.islands import hop_leaves, span
 
 from .chunk_budget import WEIGHT_BOUND
+from .kv_cache import page_bytes
 from .speed_profile import Curve, SpeedProfile
 from .step_plan import finishes_read_rows
+from .weights import Weights
 
-PRODUCTS = ("qkv", "out", "gate_up", "down")
-# Bytes of a weight in the matrix products, by what they are quantized to; sums and scales stay as they are.
-QUANTIZED = {"int8": 1, "fp8": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Bytes and multiplications on a device: `layers` of all its layer slots, `head` of its piece of the head, `total`
-    of everything that it holds. Multiplications are for one row."""
-
-    layers: int
-    head: int
-    total: int
-    layer_products: int
-    head_products: int
-
-    @classmethod
-    def of(cls, model: LlamaConfig, layout: Layout, dtype: str, quantization: str | None) -> Weights:
-        """Raises ValueError naming an axis that does not divide."""
-        slots = Stages.of(model, layout).num_slots
-        layers = head = total = layer_products = head_products = 0
-        for name, spec in param_specs(dataclasses.replace(model, num_layers=1), layout, dtype).items():
-            count = _elements(layout, spec)
-            size = count * spec.dtype.itemsize
-            base = name.removeprefix(f"{PREFIX}0.")
-            if base in PRODUCTS and quantization:
-                size = count * QUANTIZED[quantization] + 4 * count // _contracted(base, spec)
-            if name.startswith(PREFIX):
-                layers += slots * size
-                layer_products += slots * count * (base in PRODUCTS)
-            elif name == ("embed" if model.tie_embeddings else "head"):
-                head, head_products = size, count
-                total += size
-            else:
-                total += size
-        return cls(layers, head, total + layers, layer_products, head_products)
+# Rows of larger steps that a smaller one could be padded to.
+PADDED = tuple(2**i for i in range(1, 9))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +40,10 @@ class Seconds:
     @property
     def total(self) -> float:
         return max(self.memory + self.matrix + self.links, self.host) + self.wait
+
+    def reading(self, memory: float) -> Seconds:
+        """With so many seconds of memory more."""
+        return dataclasses.replace(self, memory=self.memory + memory)
 
     @property
     def bound(self) -> str:
@@ -93,8 +63,8 @@ class StepTimes:
     layout: Layout
     mesh: MeshConfig
     weights: Weights
-    kv_bytes: float
     dtype: str
+    kv_dtype: str
     accelerator: Accelerator
     profile: SpeedProfile
 
@@ -110,27 +80,69 @@ class StepTimes:
     def stages(self) -> Stages:
         return Stages.of(self.model, self.layout)
 
+    @functools.cached_property
+    def kv_bytes(self) -> int:
+        """Of a token on a device."""
+        return page_bytes(Dims.of(self.model, self.layout), self.layout, 1, self.kv_dtype)
+
+    @functools.cached_property
+    def speeds(self) -> SpeedProfile:
+        return self.profile.of_dtypes(self.weights.dtype, self.kv_dtype)
+
     @property
-    def measured(self) -> bool:
-        """Whether no figure comes from a datasheet."""
-        rules, profile = self.layout.rules, self.profile
-        used = [(profile.all_reduce, rules.q_heads), (profile.all_reduce, rules.mlp), (profile.vocab, rules.vocab)]
-        used.append((profile.hop, rules.layers))
-        known = all(self._measured(curves, axes) for curves, axes in used if self.layout.size_of(axes) > 1)
-        return profile.knows_steps and self.dtype in profile.matrix and known
+    def source(self) -> str:
+        """`measured`; `datasheet`; or, where it is mixed, which parts have figures of a datasheet: products, attention,
+        links, host. No datasheet knows a host, which then takes no time."""
+        rules, speeds = self.layout.rules, self.speeds
+        sent = [(speeds.all_reduce, rules.q_heads), (speeds.all_reduce, rules.mlp), (speeds.vocab, rules.vocab)]
+        sent.append((speeds.hop, rules.layers))
+        links = [self._measured(curves, axes) for curves, axes in sent if self.layout.size_of(axes) > 1]
+        parts = {
+            "products": (speeds.weights, speeds.layer, speeds.matrix.get(self.dtype)),
+            "attention": (speeds.decode_attention, speeds.prefill_attention),
+            "links": tuple(links),
+            "host": (speeds.host,),
+        }
+        used = [name for name, curves in parts.items() if curves]
+        unmeasured = [name for name in used if None in parts[name]]
+        if unmeasured == used:
+            return "datasheet"
+        return f"datasheet {', '.join(unmeasured)}" if unmeasured else "measured"
 
     def decode(self, batch: int, context: float) -> Seconds:
         """One more token for each of `batch` sequences of `context` tokens.
 
         Over P stages that takes P ticks, in each of which every stage works on another group of batch / P sequences.
         """
+        return self.decodes([batch], context)[0]
+
+    def decodes(self, batches: Sequence[int], context: float) -> list[Seconds]:
+        """`decode` of each of `batches`, none of which takes longer than a larger one."""
         ticks = self.stages.count
-        rows = -(-batch // ticks)
+        rows = [-(-batch // ticks) for batch in batches]
+        # The engine could add empty rows, so that no step takes longer than a larger one, whatever the curves say: as
+        # when they are of an engine that had a step of one row, which has one of two instead today.
+        sizes = sorted({*rows, *PADDED})
+        steps, reads = [self._step(size) for size in sizes], [self._attention(size, context) for size in sizes]
+        found = []
+        for first in map(sizes.index, rows):
+            attention = min(reads[first:])
+            tick = min((step.reading(attention) for step in steps[first:]), key=lambda seconds: seconds.total)
+            found.append(Seconds(*(ticks * part for part in dataclasses.astuple(tick))))
+        return found
+
+    def tick(self, rows: int, context: float) -> Seconds:
+        """Of a step, or over stages of a tick, decoding `rows` sequences of `context` tokens, by the curves alone."""
+        return self._step(rows).reading(self._attention(rows, context))
+
+    def _step(self, rows: int) -> Seconds:
+        """A tick of `rows` rows that decode, without attention."""
         memory, matrix = self._products(rows)
-        measured = self.profile.decode_attention
-        attention = rows * context * self.kv_bytes / (measured.at(rows) if measured else self._bandwidth)
-        tick = Seconds(memory + attention + self._rest(rows, rows), matrix, self._links(rows, rows), self._host(rows))
-        return Seconds(*(ticks * part for part in dataclasses.astuple(tick)))
+        return Seconds(memory + self._rest(rows, rows), matrix, self._links(rows, rows), self._host(rows))
+
+    def _attention(self, rows: int, context: float) -> float:
+        measured = self.speeds.decode_attention
+        return rows * context * self.kv_bytes / (measured.at(rows) if measured else self._bandwidth)
 
     def prefill(self, tokens: int, chunk: int) -> Seconds:
         """A prompt alone, in chunks of at most `chunk` tokens that follow each other through the stages: one for each
@@ -154,16 +166,16 @@ class StepTimes:
 
     @property
     def _bandwidth(self) -> float:
-        return self.profile.copy or self.accelerator.memory_bandwidth
+        return self.speeds.copy or self.accelerator.memory_bandwidth
 
     def _products(self, rows: float, head_rows: float | None = None) -> tuple[float, float]:
         """Seconds of the layers' products and the head's, each under memory or matrix unit, whichever takes longer."""
         memory = matrix = 0.0
-        profile = self.profile
+        speeds = self.speeds
         head_rows = rows if head_rows is None else head_rows
         parts = (
-            (self.weights.layers, self.weights.layer_products, rows, profile.weights),
-            (self.weights.head, self.weights.head_products, head_rows, profile.head or profile.weights),
+            (self.weights.layers, self.weights.layer_products, rows, speeds.weights),
+            (self.weights.head, self.weights.head_products, head_rows, speeds.head or speeds.weights),
         )
         late = self._late_products * (rows - head_rows)
         for (num_bytes, products, count, measured), spared in zip(parts, (late, 0.0), strict=True):
@@ -182,21 +194,21 @@ class StepTimes:
         return 3 * self.model.embed_dim * self.model.mlp_dim / self.layout.num_shards("mlp") if late else 0.0
 
     def _matrix_rate(self, rows: float) -> float:
-        measured = self.profile.matrix.get(self.dtype)
+        measured = self.speeds.matrix.get(self.dtype)
         return measured.at(rows) if measured else self.accelerator.matrix_rate(self.dtype)
 
     def _rest(self, rows: float, head_rows: float) -> float:
         """What was measured beside products and attention; memory's, since small kernels wait for it."""
-        layer, step = self.profile.layer, self.profile.step
+        layer, step = self.speeds.layer, self.speeds.step
         return (self.stages.num_slots * layer.at(rows) if layer else 0.0) + (step.at(head_rows) if step else 0.0)
 
     def _host(self, rows: float) -> float:
         """The launch of each layer's kernels with it."""
-        measured = self.profile.host
-        return measured.at(rows) + self.stages.num_slots * self.profile.host_layer if measured else 0.0
+        measured = self.speeds.host
+        return measured.at(rows) + self.stages.num_slots * self.speeds.host_layer if measured else 0.0
 
     def _attention_rate(self, tokens: float) -> float:
-        measured = self.profile.prefill_attention
+        measured = self.speeds.prefill_attention
         return measured.at(tokens) if measured else self.accelerator.matrix_rate(self.dtype)
 
     def _links(self, rows: float, head_rows: float) -> float:
@@ -211,73 +223,32 @@ class StepTimes:
         if (shards := self.layout.num_shards("vocab")) > 1:
             seconds += self._vocab(rows * row, head_rows, shards)
         if self.stages.count > 1:
-            if (hop := self._measured(self.profile.hop, rules.layers)) is not None:
+            if (hop := self._measured(self.speeds.hop, rules.layers)) is not None:
                 seconds += hop.at(rows * row)
             else:
-                across = _hop_leaves(self.mesh, rules.layers, self.accelerator.island)
+                across = hop_leaves(self.mesh, rules.layers, self.accelerator.island)
                 seconds += self.accelerator.send_seconds(rows * row, across=across)
         return seconds
 
     def _vocab(self, num_bytes: float, head_rows: float, shards: int) -> float:
         """Once a step: a reduction of embeddings, and logits become whole rows."""
         axes = self.layout.rules.vocab
-        if (measured := self._measured(self.profile.vocab, axes)) is not None:
+        if (measured := self._measured(self.speeds.vocab, axes)) is not None:
             return measured.at(head_rows)
-        across = _group(self.mesh, axes, self.accelerator.island)[1] > 1
+        across = span(self.mesh, axes, self.accelerator.island)[1] > 1
         logits = head_rows * self.model.vocab_size * 4 / shards
         sent = self.accelerator.send_seconds(logits * (shards - 1) / shards, across=across)
         return self._all_reduce(num_bytes, axes) + sent
 
     def _measured(self, curves: Mapping[int, Curve], axes: tuple[str, ...]) -> Curve | None:
         """The curve of as many devices as `axes` join, where they all lie in an island."""
-        size, islands = _group(self.mesh, axes, self.accelerator.island)
+        size, islands = span(self.mesh, axes, self.accelerator.island)
         return curves.get(size) if islands == 1 else None
 
     def _all_reduce(self, num_bytes: float, axes: tuple[str, ...]) -> float:
-        size, islands = _group(self.mesh, axes, self.accelerator.island)
+        size, islands = span(self.mesh, axes, self.accelerator.island)
         if size == 1:
             return 0.0
-        if (measured := self._measured(self.profile.all_reduce, axes)) is not None:
+        if (measured := self._measured(self.speeds.all_reduce, axes)) is not None:
             return measured.at(num_bytes)
         return self.accelerator.all_reduce_seconds(num_bytes, size, islands)
-
-
-def kv_bytes_per_token(model: LlamaConfig, dtype: str) -> int:
-    """Keys and values of all layers, without what a layout repeats."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(dtype).itemsize
-
-
-def _elements(layout: Layout, spec: ArraySpec) -> int:
-    shards = layout.shards(spec)
-    if any(size % n for size, n in zip(spec.shape, shards, strict=True)):
-        layout.place(spec)  # says which
-    return math.prod(spec.shape) // math.prod(shards)
-
-
-def _contracted(name: str, spec: ArraySpec) -> int:
-    """Over how many inputs a product sums: each of its outputs has a scale."""
-    return math.prod(spec.shape[:-1]) if name == "out" else spec.shape[0]
-
-
-def _grid(mesh: MeshConfig, axes: tuple[str, ...], island: int) -> Iterator[tuple[int, ...]]:
-    """For each group of devices that `axes` distinguish, in which islands they are; devices fill islands in order."""
-    names = list(mesh.sizes)
-    ids = np.arange(mesh.num_devices).reshape(tuple(mesh.sizes.values())) // island
-    ids = np.moveaxis(ids, [names.index(axis) for axis in axes], range(len(axes)))
-    return map(tuple, ids.reshape(math.prod(mesh.sizes[axis] for axis in axes), -1).T.tolist())
-
-
-@functools.lru_cache(maxsize=4096)
-def _group(mesh: MeshConfig, axes: tuple[str, ...], island: int) -> tuple[int, int]:
-    """How many devices `axes` join, and over how many islands the widest such group lies."""
-    axes = tuple(axis for axis in axes if axis in mesh.sizes)
-    if not axes:
-        return 1, 1
-    groups = list(_grid(mesh, axes, island))
-    return len(groups[0]), max(len(set(group)) for group in groups)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hop_leaves(mesh: MeshConfig, axes: tuple[str, ...], island: int) -> bool:
-    """Whether some stage's next one, the first after the last, is in another island."""
-    return any(a != b for group in _grid(mesh, axes, island) for a, b in zip(group, group[1:] + group[:1], strict=True))

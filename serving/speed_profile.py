@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -22,14 +23,16 @@ CURVES = {
     "host": ("rows", "seconds"),
 }
 EXTENDING = ("layer",)
+# And its numbers, each with whether it may be 0.
+NUMBERS = {"copy": False, "host_layer": True}
 MATRIX = ("rows", "operations_per_second")
 LINKS = {"all_reduce": ("bytes", "seconds"), "vocab": ("rows", "seconds"), "hop": ("bytes", "seconds")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Measured points (x ascending, y), joined by straight lines; constant before the first and, unless `extends`,
-    after the last."""
+    """Measured points (x ascending, y), joined by straight lines; constant before the first and after the last, where a
+    curve that `extends` goes on rising, but never falls: what noise leaves would be less than nothing soon."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]
@@ -42,7 +45,7 @@ class Curve:
     def at(self, x: float) -> float:
         if x <= self.x[0] or len(self.x) == 1:
             return self.y[0]
-        if x >= self.x[-1] and not self.extends:
+        if x >= self.x[-1] and not (self.extends and self.y[-1] > self.y[-2]):
             return self.y[-1]
         i = min(bisect.bisect(self.x, x), len(self.x) - 1)
         share = (x - self.x[i - 1]) / (self.x[i] - self.x[i - 1])
@@ -82,28 +85,38 @@ class SpeedProfile:
 
     @classmethod
     def read(cls, text: str, source: str) -> SpeedProfile:
-        """Raises ValueError naming `source` and what is wrong in it."""
+        """Raises ValueError naming `source`, the key and the value that is wrong."""
         try:
-            raw = tomllib.loads(text)
-            if unknown := sorted(set(raw) - {field.name for field in dataclasses.fields(cls)}):
-                raise ValueError(f"unknown key {unknown[0]!r}")
-            fields: dict[str, Any] = {name: raw[name] for name in ("copy", "host_layer") if name in raw}
-            for name, (x, y) in CURVES.items():
-                if name in raw:
-                    fields[name] = _curve(raw[name], x, y, extends=name in EXTENDING)
-            for name, (x, y) in LINKS.items():
-                fields[name] = {row["devices"]: _curve(row, x, y, extends=True) for row in raw.get(name, [])}
-            matrix = {dtype: _curve(table, *MATRIX) for dtype, table in raw.get("matrix", {}).items()}
-            return cls(raw["accelerator"], matrix=matrix, fitted=tuple(raw.get("fitted", ())), **fields)
+            return cls._of(tomllib.loads(text))
         except KeyError as error:
             raise ValueError(f"speed profile {source}: {error} is missing") from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"speed profile {source}: {error}") from None
+
+    @classmethod
+    def _of(cls, raw: dict[str, Any]) -> SpeedProfile:
+        if unknown := sorted(set(raw) - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        _check("accelerator", raw["accelerator"], str, "text")
+        _check("fitted", raw.get("fitted", []), list, "an array")
+        fields: dict[str, Any] = {"fitted": tuple(raw.get("fitted", []))}
+        fields |= {name: _number(name, raw[name], zero=zero) for name, zero in NUMBERS.items() if name in raw}
+        for name, columns in CURVES.items():
+            if name in raw:
+                fields[name] = _curve(name, raw[name], columns, extends=name in EXTENDING)
+        for name, columns in LINKS.items():
+            fields[name] = {}
+            for row in _check(name, raw.get(name, []), list, "an array of tables"):
+                curve = _curve(name, row, columns, extends=True)
+                fields[name][_check(f"{name}.devices", _got(name, row, "devices"), int, "a whole number")] = curve
+        matrix = _check("matrix", raw.get("matrix", {}), Mapping, "a table")
+        fields["matrix"] = {dtype: _curve(f"matrix.{dtype}", table, MATRIX) for dtype, table in matrix.items()}
+        return cls(raw["accelerator"], **fields)
 
     def to_toml(self) -> str:
         """The text that `read` takes."""
         lines = [f'accelerator = "{self.accelerator}"']
-        lines += [f"{name} = {getattr(self, name)!r}" for name in ("copy", "host_layer") if getattr(self, name)]
+        lines += [f"{name} = {getattr(self, name)!r}" for name in NUMBERS if getattr(self, name)]
         if self.fitted:
             lines += ["fitted = [", *(f'    "{point}",' for point in self.fitted), "]"]
         for name, columns in CURVES.items():
@@ -116,16 +129,24 @@ class SpeedProfile:
                 lines += ["", f"[[{name}]]", f"devices = {devices}", *_columns(curve, *columns)]
         return "\n".join(lines) + "\n"
 
-    @property
-    def knows_steps(self) -> bool:
-        """Whether steps of a device alone need no figure of a datasheet."""
-        parts = (self.weights, self.prefill_attention, self.decode_attention, self.layer, self.host)
-        return None not in parts
+    def of_dtypes(self, weights: str, kv_cache: str) -> SpeedProfile:
+        """What of it holds where the layers' weights and the cache are of these dtypes: products and attention were
+        measured in those that `matrix` has, and tell nothing of others."""
+        left: dict[str, Any] = {}
+        if self.matrix and weights not in self.matrix:
+            left |= {"weights": None, "head": None, "matrix": {}}
+        if self.matrix and kv_cache not in self.matrix:
+            left |= {"decode_attention": None, "prefill_attention": None}
+        return dataclasses.replace(self, **left) if left else self
 
 
 def read_profile(path: Path) -> SpeedProfile:
     """A user's file. Raises ValueError or OSError naming it."""
-    return SpeedProfile.read(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"speed profile {path}: {error}") from None
+    return SpeedProfile.read(text, str(path))
 
 
 @functools.cache
@@ -137,8 +158,38 @@ def shipped_profile(accelerator: str) -> SpeedProfile:
     return SpeedProfile.read(file.read_text(encoding="utf-8"), file.name)
 
 
-def _curve(table: Mapping[str, Any], x: str, y: str, *, extends: bool = False) -> Curve:
-    return Curve(tuple(table[x]), tuple(table[y]), extends)
+def _curve(key: str, table: Any, columns: tuple[str, str], *, extends: bool = False) -> Curve:
+    _check(key, table, Mapping, f"a table of {' and '.join(columns)}")
+    x, y = (_column(key, table, name) for name in columns)
+    try:
+        return Curve(x, y, extends)
+    except ValueError as error:
+        raise ValueError(f"{error} in {key}") from None
+
+
+def _column(key: str, table: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = _check(f"{key}.{name}", _got(key, table, name), list, "an array")
+    return tuple(_number(f"each of {key}.{name}", value, zero=name == "seconds") for value in values)
+
+
+def _got(key: str, table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"{key} has no {name}")
+    return table[name]
+
+
+def _number(key: str, value: Any, *, zero: bool) -> float:
+    _check(key, value, int | float, "a number")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{key} must be a number {'of at least' if zero else 'above'} 0, got {value!r}")
+    return value
+
+
+def _check(key: str, value: Any, kind: Any, what: str) -> Any:
+    """`value`. Raises ValueError when it is of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{key} must be {what}, got {value!r}")
+    return value
 
 
 def _columns(curve: Curve, x: str, y: str) -> list[str]:

@@ -14,9 +14,10 @@ import jax
 from paddock.sharding.accelerators import Accelerator, accelerators
 
 from .executor import Executor
-from .roofline import PRODUCTS, kv_bytes_per_token
+from .kv_cache import kv_bytes_per_token
 from .step_trace import StepTrace
 from .text_table import text_table
+from .weights import PRODUCTS
 
 # Scopes of model and step, in the order in which a layer runs; the innermost counts.
 PARTS = ("embed", "norm", "qkv", "rope", "append", "attend", "out", "gate_up", "down", "stages", "head", "sample")

@@ -101,6 +101,18 @@ def test_refused_before_anything_is_allocated():
 
 
 @pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize(
+    ("model", "tokens", "proposed"),
+    [("llama-3.1-8b", 6144, "No mesh makes it fit"), ("llama-3.2-3b", 65536, "The smallest .* fits: one device")],
+)
+def test_devices_of_a_cpu_share_its_memory(model, tokens, proposed):
+    """More of them have less each, so that none of a larger mesh is proposed."""
+    sizes = {"max_num_batched_tokens": tokens, "tensor_parallel_size": 8}
+    with pytest.raises(ValueError, match=f"and 2 GiB are free. {proposed}"):
+        resolve(EngineConfig(model=model, load_format="dummy", dtype="bfloat16", **sizes))
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_cache_that_does_not_fit_beside_the_weights():
     shape = {"model": "llama-3.2-1b", "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 1024}
     with pytest.raises(ValueError, match="kv_cache_memory_bytes is 15 GiB, but weights and steps leave 1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from paddock.serving.layout_plan import Plan
 from paddock.serving.plan_report import plan_report
 from paddock.serving.roofline import Seconds
 from paddock.serving.speed_profile import Curve, SpeedProfile, shipped_profile
-from paddock.sharding.accelerators import accelerator
+from paddock.sharding.accelerators import accelerator, accelerators
 from paddock.sharding.memory import PlannedLayout
 
 DATASHEET_ONLY = SpeedProfile("h100-80gb")
@@ -125,6 +126,22 @@ def test_h100_profile_gives_the_measured_steps():
         assert predicted[batch] == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("card", ["h100-80gb", "h200"])
+@pytest.mark.parametrize("count", [2, 8, 12])
+def test_no_step_takes_longer_than_a_larger_one(card, count):
+    """Though an H100's profile has ten times more at one row than at eight for the logits' way over two devices."""
+    for model in ("llama-3.1-8b", "llama-3.1-70b"):
+        for layout in plan(model, card, count, max_num_seqs=300).layouts:
+            seconds = [point.seconds for point in layout.decode]
+            assert seconds == sorted(seconds), layout.mesh
+    noise = {"weights": Curve((1, 50, 99), (1e12, 1e10, 9e12)), "host": Curve((1, 80, 99), (2.0, 1.0, 3.0))}
+    worse = dataclasses.replace(shipped_profile("h100-80gb"), **noise, vocab={2: Curve((1, 64, 150), (2.0, 9.0, 0.1))})
+    (noisy,) = plan("llama-3.1-8b", "h100-80gb", 2, mesh="tensor=2", max_num_seqs=100, profile=worse).layouts
+    assert [point.seconds for point in noisy.decode] == sorted(point.seconds for point in noisy.decode)
+    alone, many = (plan("llama-3.1-8b", "h100-80gb", 2, mesh="tensor=2", max_num_seqs=n).layouts[0] for n in (1, 256))
+    assert alone.decode[0] == many.decode[0]
+
+
 def test_stages_take_turns():
     """A token takes a tick per stage, each for its share of the sequences: weights are read as often as on one."""
     one = plan("llama-3.1-8b", "h100-80gb", profile=DATASHEET_ONLY).layouts[0].decode
@@ -132,6 +149,22 @@ def test_stages_take_turns():
     at = {point.batch: point.seconds for point in four}
     assert at[1] == pytest.approx(at[4])
     assert at[4] == pytest.approx(one[0].seconds, rel=0.01)
+
+
+def test_every_replica_runs_max_num_seqs():
+    """As in the engine: each replica has the steps of an engine of its own."""
+    one, four = (
+        plan("llama-3.1-8b", "h100-80gb", count, mesh=f"data={count}", max_num_seqs=32).layouts[0] for count in (1, 4)
+    )
+    assert four.bytes_per_device == one.bytes_per_device
+    assert [(p.batch, p.seconds) for p in four.decode] == [(4 * p.batch, p.seconds) for p in one.decode]
+    assert four.decode[-1].batch == 128
+    found = plan("llama-3.1-8b", "h100-80gb", 8, max_num_seqs=4)
+    assert "data=8" in [str(layout.mesh) for layout, _ in found.meeting(itl=0.1)]
+    # Sequences that fit are counted over all replicas, and so are those that are wanted.
+    short = plan("llama-3.1-8b", "h100-80gb", 2, mesh="data=2", input_len=4000, max_num_seqs=128).layouts[0]
+    assert 128 < short.sequences < 256
+    assert "only" in short.reason
 
 
 def test_tensor_parallelism_across_hosts_pays_for_the_network():
@@ -157,6 +190,35 @@ def test_measured_all_reduces_are_used():
     # 65 reductions of 22 to 24 microseconds that a datasheet says nothing about.
     assert measured.decode[0].seconds - sheet.decode[0].seconds == pytest.approx(65 * 24e-6, rel=0.02)
     assert measured.source == "datasheet"
+
+
+@pytest.mark.parametrize(
+    ("card", "mesh", "fields", "source"),
+    [
+        ("h100-80gb", "tensor=1", {}, "measured"),
+        ("h100-80gb", "tensor=4", {}, "datasheet links"),
+        ("h100-80gb", "tensor=1", {"quantization": "int8"}, "datasheet products"),
+        ("h100-80gb", "tensor=1", {"quantization": "fp8"}, "datasheet products"),
+        ("h100-80gb", "tensor=1", {"kv_cache_dtype": "fp8_e4m3"}, "datasheet attention"),
+        ("h100-80gb", "tensor=4", {"dtype": "float16"}, "datasheet products, attention, links"),
+        ("b200", "tensor=1", {}, "datasheet"),
+        ("b200", "tensor=8", {}, "datasheet"),
+    ],
+)
+def test_the_label_says_which_figures_are_a_datasheets(card, mesh, fields, source):
+    (layout,) = plan("llama-3.1-8b", card, 8, mesh=mesh, **fields).layouts
+    assert layout.source == source
+
+
+def test_what_was_measured_of_one_dtype_is_not_said_of_another():
+    fields = {"quantization": "int8", "kv_cache_dtype": "int8", "dtype": "bfloat16"}
+    shipped = shipped_profile("h100-80gb")
+    attention = {"decode_attention": None, "prefill_attention": None}
+    without = dataclasses.replace(shipped, weights=None, head=None, matrix={}, **attention)
+    one, other = (plan("llama-3.1-8b", "h100-80gb", profile=profile, **fields) for profile in (shipped, without))
+    assert one.layouts == other.layouts
+    without_host = dataclasses.replace(shipped, host=None)
+    assert plan("llama-3.1-8b", "h100-80gb", profile=without_host).layouts[0].source == "datasheet host"
 
 
 def test_the_slow_host_bounds():
@@ -192,7 +254,7 @@ print(layouts / (time.process_time() - start))
 
 
 def test_a_notebook_may_sweep_thousands():
-    """200 layouts a second of CPU time, where a slow core reaches 1,500; without the type checks of tests."""
+    """200 layouts a second of CPU time, where a slow core reaches 1,000; without the type checks of tests."""
     done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 200
 
@@ -211,6 +273,9 @@ def test_curves_and_profiles():
     curve = Curve((1, 3), (10.0, 20.0))
     assert [curve.at(x) for x in (0, 1, 2, 3, 5)] == [10, 10, 15, 20, 20]
     assert Curve((1, 3), (10.0, 20.0), extends=True).at(5) == 30
+    assert Curve((1, 3), (20.0, 10.0), extends=True).at(5) == 10
+    layer = shipped_profile("h100-80gb").layer
+    assert [layer.at(rows) for rows in (8192, 16384)] == [layer.y[-1]] * 2
     assert shipped_profile("mi300x") == SpeedProfile("mi300x")
     assert set(shipped_profile("h200").all_reduce) == {2, 4}
     with pytest.raises(ValueError, match="speed profile mine: 'accelerator' is missing"):
@@ -223,20 +288,63 @@ def test_curves_and_profiles():
         plan("llama-3.1-8b", "h100-80gb", profile=shipped_profile("h200"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('copy = "fast"', "copy must be a number, got 'fast'"),
+        ("copy = -1", "copy must be a number above 0, got -1"),
+        ("copy = nan", "copy must be a number above 0, got nan"),
+        ("weights = 3", "weights must be a table of rows and bytes_per_second, got 3"),
+        ("[weights]\nrows = [1]", "weights has no bytes_per_second"),
+        ("[[hop]]\nbytes = [1]\nseconds = [0]", "hop has no devices"),
+        ("[weights]\nrows = 1\nbytes_per_second = [1.0]", "weights.rows must be an array, got 1"),
+        ("[weights]\nrows = [1]\nbytes_per_second = [0]", "each of weights.bytes_per_second must be .* above 0, got 0"),
+        ('[host]\nrows = [1, 2]\nseconds = ["a", "b"]', "each of host.seconds must be a number, got 'a'"),
+        ("[host]\nrows = [1]\nseconds = [-1.0]", "each of host.seconds must be a number of at least 0, got -1.0"),
+        ("[host]\nrows = [2, 1]\nseconds = [1.0, 2.0]", r"points must ascend.*\[2, 1\].* in host"),
+        ("[hop]\ndevices = 2", "hop must be an array of tables, got {'devices': 2}"),
+        ("[[hop]]\nbytes = [1]\nseconds = [0]\ndevices = 'two'", "hop.devices must be a whole number, got 'two'"),
+        ("[matrix]\nbfloat16 = 3", "matrix.bfloat16 must be a table of rows and operations_per_second, got 3"),
+        ("fitted = 1", "fitted must be an array, got 1"),
+    ],
+)
+def test_a_profile_that_is_wrong(text, message, tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'accelerator = "h100-80gb"\n{text}')
+    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--profile", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^paddock: speed profile {re.escape(str(file))}: {message}", line)
+
+
 def test_json(capsys):
-    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--count", "2", "--json"]) == 0
+    limits = ["--ttft", "20", "--itl", "6"]
+    assert main(["plan", "llama-3.1-8b", "--accelerator", "h100-80gb", "--count", "2", "--json", *limits]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [found[key] for key in ("model", "accelerator", "count")] == ["llama-3.1-8b", "h100-80gb", 2]
     assert [layout["mesh"] for layout in found["layouts"]] == ["data=2", "pipe=2", "tensor=2"]
     for layout in found["layouts"]:
         assert list(layout) == [
             *("mesh", "fits", "reason", "bytes_per_device", "kv_bytes_per_token", "kv_tokens"),
-            *("prefill_seconds", "decode"),
+            *("prefill_seconds", "decode", "source", "untimed", "rules", "sequences", "meets"),
         ]
         held = layout["bytes_per_device"]
         assert list(held) == ["weights", "kv_cache", "temp", "total"]
         assert held["total"] == held["weights"] + held["kv_cache"] + held["temp"]
         assert list(layout["decode"][0]) == ["batch", "seconds", "bound"]
+        assert (layout["source"], layout["untimed"], layout["rules"]) == ("measured", None, "")
+        assert layout["sequences"] >= 256
+    assert [layout["meets"] for layout in found["layouts"]] == [False, False, True]
+    cheapest = [{"mesh": "tensor=2", "batch": 64}]
+    assert found["objectives"] == {"ttft_seconds": 0.02, "itl_seconds": 0.006, "cheapest": cheapest}
+
+
+def test_json_without_objectives_or_times():
+    found = plan("llama-3.1-8b", "h100-80gb", 4, layout="pope-xyz-weight-gathered").to_json()
+    (layout,) = found["layouts"]
+    assert (layout["source"], layout["meets"]) == (None, None)
+    assert layout["untimed"] == "times are not predicted for layouts that split embed"
+    assert layout["rules"] == "embed=x,vocab=,batch=x"
+    assert found["objectives"] == {"ttft_seconds": None, "itl_seconds": None, "cheapest": []}
 
 
 def test_table_and_page(capsys, tmp_path):
@@ -249,6 +357,7 @@ def test_table_and_page(capsys, tmp_path):
     assert "TTFT <= 1000 ms and ITL <= 30 ms, cheapest first:\nmesh" in text
     html = page.read_text()
     assert "Pareto front" in html
+    assert "TTFT &lt;= 1000 ms and ITL &lt;= 30 ms, cheapest first:" in html
     assert "memory of h100-80gb" in html
     assert "8,704 KV tokens" in html
 
@@ -262,18 +371,65 @@ def test_table_and_page(capsys, tmp_path):
         (["llama-3.1-8b", "--accelerator", "h1000"], "accelerator 'h1000' is unknown"),
         (["llama-9"], "model 'llama-9' is neither a folder, nor a config.json, nor one of llama-2-7b"),
         (["llama-3.1-8b", "--count", "0"], "count must be at least 1"),
+        (
+            ["llama-3.1-8b", "--count", "8", "--rules", "nosuch=tensor"],
+            "^paddock: rules: unknown logical axis 'nosuch'",
+        ),
+        (["llama-3.1-8b", "--count", "8", "--rules", "mlp=nosuch"], "^paddock: rules: mlp names mesh axis 'nosuch'"),
+        (["llama-3.1-8b", "--count", "3", "--rules", "mlp=tensor"], "no layout of 3 devices .*: rules: mlp names"),
         (["llama-3.1-8b", "--itl", "0"], "--itl must be more than 0 ms"),
         (["llama-3.1-8b", "--max-model-len", "100"], "max_model_len 100 is less than input_len"),
         (["llama-2-7b", "--max-model-len", "9999"], "more than the 4096 tokens of llama-2-7b"),
+        (["llama-3.1-8b", "--input-len", "131000"], r"input_len \+ output_len, 131128 is more than the 131072 tokens"),
+        (
+            ["llama-3.1-70b", "--count", "2", "--mesh", "tensor=2", "--input-len", "30000", "--ttft", "100000"],
+            "tensor=2: 14,464 KV tokens are left to a sequence in 90% of 79.11 GiB, fewer than the 30,128",
+        ),
+        (  # What both replicas hold together would do.
+            ["llama-3.1-70b", "--count", "4", "--mesh", "data=2,tensor=2", "--input-len", "20000"],
+            "tensor=2: 14,464 KV tokens are left to a sequence .*, fewer than the 20,128 that it needs",
+        ),
     ],
 )
 def test_one_clear_sentence(words, message, capsys):
-    import re
-
     assert main(["plan", "--accelerator", "h100-80gb", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
+
+
+WRONG = """
+from paddock.serving import plan
+for fields in (
+    {"count": 1.5}, {"count": "8"}, {"mesh": {"tensor": 4}}, {"rules": {"mlp": "tensor"}}, {"layout": 3},
+    {"input_len": 1.5}, {"max_model_len": "8192"}, {"max_model_len": 0}, {"utilization": "0.9"},
+    {"accelerator_name": ["h200"]}, {"profile": "mine.toml"}, {"demand": {}},
+):
+    try:
+        plan(**{"model": "llama-3.1-8b", "accelerator_name": "h100-80gb"} | fields)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_arguments_of_another_kind():
+    """Without the type checks of tests."""
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=True)
+    spelling = "must be text in the flag's spelling, as in 'tensor=4', got"
+    assert done.stdout.splitlines() == [
+        "count must be an int, got 1.5",
+        "count must be an int, got '8'",
+        f"mesh {spelling} {{'tensor': 4}}",
+        f"rules {spelling} {{'mlp': 'tensor'}}",
+        f"layout {spelling} 3",
+        "input_len must be an int, got 1.5",
+        "max_model_len must be an int, got '8192'",
+        "max_model_len must be at least 1, got 0",
+        "utilization must be a number in (0, 1], got '0.9'",
+        f"accelerator \"['h200']\" is unknown; there are {', '.join(accelerators())}",
+        "profile must be a SpeedProfile, got 'mine.toml'",
+        "demand must be a Demand, got {}",
+    ]
 
 
 def test_config_without_a_field(capsys, tmp_path):
@@ -297,14 +453,15 @@ def test_plan_only_says_what_the_engine_would_take(capsys, monkeypatch):
     assert main(["serve", "--plan-only", "-tp", "3", *sizes]) == 2
 
 
-def test_plan_only_predicts_times_on_a_known_card(capsys, monkeypatch):
+@pytest.mark.parametrize(("mesh", "batches"), [("tensor=2", ["1", "2", "4"]), ("data=2", ["2", "4", "8"])])
+def test_plan_only_predicts_times_on_a_known_card(mesh, batches, capsys, monkeypatch):
     monkeypatch.setattr("paddock.serving.platform.prepare", lambda config: None)
     card = dataclasses.replace(accelerator("h100-80gb"), device_kind="cpu")
     monkeypatch.setattr("paddock.sharding.accelerators.accelerators", lambda: {card.name: card})
     sizes = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--dtype", "bfloat16"]
-    assert main(["serve", "--plan-only", "-tp", "2", *sizes]) == 0
+    assert main(["serve", "--plan-only", "--mesh", mesh, *sizes]) == 0
     text = capsys.readouterr().out
     assert "of 8 x cpu, bfloat16: fits" in text
-    rows = [line.split() for line in text.splitlines() if line.startswith("tensor=2")]
-    assert [row[2] for row in rows[1:]] == ["1", "2", "4"]
+    rows = [line.split() for line in text.splitlines() if line.startswith(mesh)]
+    assert [row[2] for row in rows[1:]] == batches
     assert {row[-1] for row in rows[1:]} == {"measured"}
