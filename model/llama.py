@@ -64,6 +64,8 @@ class Attention(nnx.Module):
             qkv = products.project(self.placed.entering(x, "q_heads"), self.qkv[...])
             if self.qkv_bias is not None:
                 qkv = qkv + self.qkv_bias[...][None]
+            # Or the compiler gathers the weight where attention has its rows split otherwise.
+            qkv = self.placed.inside(qkv, "q_heads", None, "head_dim")
         mixed = attend(qkv, cos, sin)
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
         return mixed.reshape(x.shape[0], -1)

@@ -81,6 +81,15 @@ def test_no_weight_and_no_pool_is_gathered(decode_step: Callable[..., Compiled],
     assert moved <= by_rows
 
 
+def test_attention_over_the_batch_moves_rows_to_the_weights(decode_step: Callable[..., Compiled]) -> None:
+    """Its rows are split otherwise than the product's before it, which must not become whole for that."""
+    programs, _, collectives = decode_step("x=2,y=2", "", "pope-2d-weight-stationary-batch-attention")
+    moved = [c.operand_bytes for c in collectives if c.part.startswith("layer") and c.kind != "all-reduce"]
+    weight = programs.params["layers.0.qkv"]
+    assert moved
+    assert max(moved) < math.prod(weight.sharding.shard_shape(weight.shape)) * weight.dtype.itemsize
+
+
 def test_weight_gathered_layouts_do_gather_weights(decode_step: Callable[..., Compiled]) -> None:
     programs, _, collectives = decode_step("x=2", "", "pope-xyz-weight-gathered")
     gathered = Counter(c.operand_bytes for c in collectives if c.kind == "all-gather")
