@@ -20,9 +20,6 @@ MAX_COLUMNS = 16384  # of a row that fits the registers of a warpgroup
 # Thread blocks if that makes their rows no more than these: the other multiprocessors are free for the product that
 # comes next, whose blocks may start early.
 BLOCKS, MOST_ROWS = 64, 4
-# Thread blocks at most, if that is no more than MOST_ROWS of 4096 columns each: the other multiprocessors are free for
-# the blocks of the product that comes next.
-BLOCKS, MOST_ROWS = 64, 4
 
 
 def check_add_norm_mosaic(columns: int) -> None:

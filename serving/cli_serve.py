@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             with _exits_at_once() if processes is not None else contextlib.nullcontext():
                 engine = cli_engine.start_engine(config)
-        except SystemExit as error:  # the signal: steps that are being compiled would be waited for
-            _exit_at_once(int(error.code or 0))
+        except (SystemExit, KeyboardInterrupt) as error:  # steps that are being compiled would be waited for
+            _exit_at_once(130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0))
         app = create_app(
             engine,
             api_key=args.api_key or os.environ.get("PADDOCK_API_KEY"),

@@ -22,6 +22,7 @@ from .members import Members
 from .metrics import Metrics
 from .outputs import RequestTimes, TokenLogprobs
 from .peers import Peers
+from .quiet_heap import HEAP
 from .request import OutputKind, RequestStream, TokenEvent
 from .sampling_params import SamplingParams
 from .sequence import Sequence, SequenceStatus
@@ -200,6 +201,7 @@ class EngineLoop:
     # --- the engine's thread ---
 
     def _run(self) -> None:
+        HEAP.begin()
         try:
             while (wishes := self._collect()) is not None:
                 self._beat = time.monotonic()
@@ -219,7 +221,7 @@ class EngineLoop:
             jax.monitoring.unregister_event_duration_listener(self._note_compile)
             self.engine.close()
             self._release()
-            gc.unfreeze()  # this engine may be garbage soon
+            HEAP.end()
 
     def _collect(self) -> _Wishes | None:
         """Take in what other threads asked for, waiting for it when there is nothing to run; None: stop."""
@@ -232,13 +234,12 @@ class EngineLoop:
         return wishes
 
     def _rest(self) -> Callable[[_Wishes], None] | None:
-        """Wait for what comes next. Looking for cycles in all that a start has made has held a step up for 0.2 s:
-        while steps run what there is counts as used, and meanwhile an LLM that nobody has any more is found."""
-        gc.unfreeze()
+        """Wait for what comes next."""
+        HEAP.end()
         try:
             return self._inbox.get()
         finally:
-            gc.freeze()
+            HEAP.begin()
 
     def _tell(self, wishes: _Wishes) -> None:
         """Tell the engine, in every process, what joins and what ends before the next step."""

@@ -24,9 +24,10 @@ class Chunk:
 
     @property
     def is_stale(self) -> bool:
-        """Nobody wants it any more: its sequence has ended, or is computed again, in other pages. One that gave way and
-        waits may yet get its last token from what is on its way between stages."""
-        return self.seq.status is SequenceStatus.FINISHED or self.seq.num_admissions != self.admission
+        """Nobody wants it any more: its sequence has ended, or its slot, or is computed again in other pages. One that
+        gave way and keeps its slot will get a token from what is on its way between stages, perhaps its last."""
+        seq = self.seq
+        return seq.slot < 0 or seq.num_admissions != self.admission or seq.status is SequenceStatus.FINISHED
 
     @property
     def is_first(self) -> bool:

@@ -104,7 +104,9 @@ def choose_products(name: str, config: LlamaConfig, layout: Layout, dtype: Any) 
         if name != "reference":
             check_hopper(layout.mesh.devices.flat[0])
             hidden = config.mlp_dim // layout.num_shards("mlp")
-            check_matmul_mosaic(dtype, BATCH_ROWS[0], config.embed_dim, 2 * hidden)
+            group = config.num_heads // config.num_kv_heads + 2
+            for columns in (2 * hidden, config.num_kv_heads * group * config.head_dim):
+                check_matmul_mosaic(dtype, BATCH_ROWS[0], config.embed_dim, columns)
             for depth in (hidden, config.num_heads * config.head_dim) if _whole_layers(layout) else ():
                 check_matmul_mosaic(dtype, BATCH_ROWS[0], depth, config.embed_dim)
     except ValueError as error:

@@ -4,6 +4,7 @@ explicit reductions by the same two a layer."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -12,9 +13,14 @@ import pytest
 from jax.sharding import Mesh
 from layout_runs import CONFIG, NUM_SLOTS, Run, assert_same, engine_of, resolve_tiny, run
 
-from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape
+from paddock.model.shapes import SHAPES
+from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape, mosaic_mode
 from paddock.serving import step_products
 from paddock.serving.bucket import Bucket
+from paddock.serving.plan_prove import require_wheels, target_description
+from paddock.serving.plan_prove_worker import described_devices
+from paddock.serving.programs import Programs
+from paddock.serving.resolve import plan_steps
 from paddock.serving.step_products import MAILBOXES, choose_all_reduce
 from paddock.sharding import Layout, read_collectives
 
@@ -80,6 +86,37 @@ def test_chained_kernels_give_the_same_tokens(
     resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference", **{sums: "reference"})
     assert step_products.is_chained(resolved.plan, NUM_SLOTS)
     assert_same(run(resolved, pages=1000, full=True), alone)
+
+
+def can_compile() -> bool:
+    try:
+        require_wheels()
+        mosaic_mode(False)
+    except ValueError:
+        return False
+    return True
+
+
+# JAX keeps programs for devices that are not there, and cannot read them again.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+@pytest.mark.skipif(not can_compile(), reason="needs JAX 0.11 and the wheels of the extra 'plan'")
+def test_weights_that_are_fetched_early_are_the_steps_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel reads them before those before it have ended: one that a step computes might not be there yet."""
+    monkeypatch.setattr(step_products, "check_hopper", lambda _: None)
+    layout = Layout.build("tensor=1", devices=described_devices(target_description("h100-80gb"), 1))
+    model = dataclasses.replace(SHAPES["llama-3.2-1b"], num_layers=2)
+    sizes: dict[str, Any] = {"page_size": 64, "max_num_seqs": 32, "max_num_batched_tokens": 256, "max_model_len": 256}
+    kernels = {"decode_attention": "mosaic", "prefill_attention": "mosaic", "products": "mosaic", "add_norm": "mosaic"}
+    plan, buckets = plan_steps(model, layout, dtype="bfloat16", **sizes, **kernels)
+    text = Programs(plan, buckets, 100).compile_step(Bucket(32, 0, 0, plan.branches)).as_text()
+    made = dict(re.findall(r"%([\w.-]+) = .*? ([\w-]+)\(", text))
+    source = dict(re.findall(r"%([\w.-]+) = [^(]* bitcast\(%([\w.-]+)\)", text))
+    products = re.findall(r"custom-call\(%[\w.-]+, %([\w.-]+)\), custom_call_target=\"mosaic_gpu_v2\"", text)
+    assert len(products) == 4 * model.num_layers
+    for name in products:
+        while name in source:
+            name = source[name]
+        assert made[name] == "parameter", name
 
 
 @dataclasses.dataclass(frozen=True)
