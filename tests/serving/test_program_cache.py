@@ -86,7 +86,7 @@ def test_nothing_is_written_before_all_are_lowered(jobs: dict[str, Job], tmp_pat
 def test_after_an_error_nothing_more_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal that ends the program is one, and should not wait for minutes of compiling."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    begun = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
     compiled: list[str] = []
 
     class Lowered(jax.stages.Lowered):
@@ -94,7 +94,7 @@ def test_after_an_error_nothing_more_is_compiled(monkeypatch: pytest.MonkeyPatch
 
         def compile(self, *_: Any) -> jax.stages.Compiled:
             begun.set()
-            time.sleep(0.2)
+            assert ended.wait(20)
             compiled.append("one")
             return object.__new__(jax.stages.Compiled)
 
@@ -104,7 +104,8 @@ def test_after_an_error_nothing_more_is_compiled(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(SystemExit):
         Compiler().run({**{i: Job(Lowered) for i in range(5)}, "last": Job(interrupted)})
-    time.sleep(0.5)
+    ended.set()
+    time.sleep(0.3)
     assert compiled == ["one"]
 
 

@@ -280,8 +280,8 @@ def test_paddock_serve_ends_at_once_when_it_is_still_compiling(tmp_path: Path):
         wait_until(lambda: any((tmp_path / "cold").rglob("*")))
         process.terminate()
         began = time.monotonic()
-        assert process.wait(30) == 0
-        assert time.monotonic() - began < 5
+        assert process.wait(60) == 0
+        assert time.monotonic() - began < 20, "and not until all is compiled"
 
 
 def test_paddock_serve_ends_its_streams_after_sigterm():
