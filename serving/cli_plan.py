@@ -163,7 +163,7 @@ def _smallest(found: Plan) -> str:
 
     meshes = smallest_meshes(
         need,
-        0,
+        lambda _: 0,
         tensor=[n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0],
         pipe=range(1, model.num_layers + 1),
     )

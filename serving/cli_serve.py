@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     processes = Processes.of(config)
     if processes is not None and processes.index:
-        with _exits_at_once():
+        with _exits_at_once(failures=True):
             _follow(config)
         return 0
     from . import wsgi
@@ -47,11 +47,8 @@ def run(args: argparse.Namespace) -> int:
         from .server import create_app
 
         print(f"Paddock loads {config.model or 'the bundled model'} and compiles its steps", flush=True)
-        try:
-            with _exits_at_once() if processes is not None else contextlib.nullcontext():
-                engine = cli_engine.start_engine(config)
-        except (SystemExit, KeyboardInterrupt) as error:  # steps that are being compiled would be waited for
-            _exit_at_once(130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0))
+        with _exits_at_once(failures=processes is not None):
+            engine = cli_engine.start_engine(config)
         app = create_app(
             engine,
             api_key=args.api_key or os.environ.get("PADDOCK_API_KEY"),
@@ -80,13 +77,18 @@ def _follow(config: EngineConfig) -> None:
 
 
 @contextlib.contextmanager
-def _exits_at_once() -> Iterator[None]:
-    """An error ends the program as `cli.main` would end it, but without waiting for other processes."""
+def _exits_at_once(*, failures: bool) -> Iterator[None]:
+    """A signal ends the program without waiting for steps that are being compiled; with `failures` an error
+    does too, as `cli.main` would end it, but without waiting for other processes."""
     try:
         yield
+    except KeyboardInterrupt:
+        _exit_at_once(130)
     except SystemExit as error:
         _exit_at_once(int(error.code or 0))
     except Exception as error:
+        if not failures:
+            raise
         print(f"paddock: {error}", file=sys.stderr)
         _exit_at_once(2 if isinstance(error, ValueError | OSError) else 1)
 

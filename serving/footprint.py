@@ -95,16 +95,9 @@ def refuse_too_large(
     if need.fits(available):
         return
     model = footprint.model
-
-    def least(mesh: MeshConfig) -> DeviceBytes:
-        needed = footprint.least(PlannedLayout.of(mesh), tokens)
-        if shared is not None and not needed.fits(shared // mesh.num_devices):
-            raise ValueError("more devices have less each")
-        return needed
-
     found = smallest_meshes(
-        least,
-        available if shared is None else shared,
+        lambda mesh: footprint.least(PlannedLayout.of(mesh), tokens),
+        lambda mesh: available if shared is None else shared // mesh.num_devices,
         tensor=[n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0],
         pipe=[n for n in range(1, model.num_layers + 1) if n <= LARGEST_MESH],
     )

@@ -69,9 +69,14 @@ def count_bytes(layout: Layout, arrays: Iterable[tuple[ArraySpec, int]]) -> int:
 
 
 def smallest_meshes(
-    need: Callable[[MeshConfig], DeviceBytes], available: int, *, tensor: Iterable[int], pipe: Iterable[int]
+    need: Callable[[MeshConfig], DeviceBytes],
+    available: Callable[[MeshConfig], int],
+    *,
+    tensor: Iterable[int],
+    pipe: Iterable[int],
 ) -> list[tuple[MeshConfig, DeviceBytes]]:
-    """Of the meshes with these sizes, those of the fewest devices on which `need` fits, with what they need.
+    """Of the meshes with these sizes, those of the fewest devices on which `need` fits `available`, both in bytes per
+    device, with what they need.
 
     Meshes for which `need` raises ValueError are left out; the list is empty when none fits.
     """
@@ -86,7 +91,7 @@ def smallest_meshes(
             needed = need(mesh)
         except ValueError:
             continue
-        if needed.fits(available):
+        if needed.fits(available(mesh)):
             found.append((mesh, needed))
     return found
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from all_reduce_cases import differences, mapped, mesh_of
+from gpu_compiler import compiles_kernels
 
 from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape, check_all_reduce_mosaic
-from paddock.pallas_kernels.compat import mosaic_mode
 from paddock.pallas_kernels.mailbox import BLOCKS, COUNTER_BYTES
 from paddock.serving.mailboxes import Mailboxes, abstract_table
-from paddock.serving.plan_prove import require_wheels, target_description
+from paddock.serving.plan_prove import target_description
 from paddock.serving.plan_prove_worker import described_devices
 
 
@@ -108,18 +108,7 @@ def test_mailboxes_know_those_that_differ_along_their_axes(axes: tuple[str, ...]
     assert not any(np.asarray(box).any() for box in boxes.memory)
 
 
-def can_compile() -> bool:
-    try:
-        require_wheels()
-        mosaic_mode(False)
-    except ValueError:
-        return False
-    return True
-
-
-# JAX keeps programs for devices that are not there, and cannot read them again.
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
-@pytest.mark.skipif(not can_compile(), reason="needs JAX 0.11 and the wheels of the extra 'plan'")
+@compiles_kernels
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("two_shot", [False, True])
 @pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.bfloat16), (129, jnp.bfloat16), (3, jnp.float32)])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_compiler import needs_wheels
 
 from paddock.model import LlamaConfig
 from paddock.model.shapes import SHAPES
@@ -25,14 +26,6 @@ from paddock.serving.planner import plan
 from paddock.sharding import Layout, Total
 
 SIZES: dict[str, Any] = {"num_pages": 8, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 64}
-
-
-def has_wheels() -> bool:
-    try:
-        plan_prove.require_wheels()
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.fixture
@@ -131,7 +124,7 @@ def test_a_process_that_fails_or_is_late_is_told_of(tiny: LlamaConfig, monkeypat
         prove(tiny, "", "", "h200", **SIZES)
 
 
-@pytest.mark.skipif(not has_wheels(), reason="needs the wheels of the extra `plan`")
+@needs_wheels
 def test_real_steps_compile_for_two_h100s(tiny: LlamaConfig):
     proof = prove(tiny, "tensor=2", "", "h100-80gb", dtype="bfloat16", page_size=16, **SIZES)
     held = proof.weights + proof.kv_cache + proof.state

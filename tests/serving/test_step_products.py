@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from gpu_compiler import compiles_kernels
 from jax.sharding import Mesh
 from layout_runs import CONFIG, NUM_SLOTS, Run, assert_same, engine_of, resolve_tiny, run
 
 from paddock.model.shapes import SHAPES
-from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape, mosaic_mode
+from paddock.pallas_kernels import ALL_REDUCE, ALL_REDUCE_ADD_NORM, MailboxShape
 from paddock.serving import step_products
 from paddock.serving.bucket import Bucket
-from paddock.serving.plan_prove import require_wheels, target_description
+from paddock.serving.plan_prove import target_description
 from paddock.serving.plan_prove_worker import described_devices
 from paddock.serving.programs import Programs
 from paddock.serving.resolve import plan_steps
@@ -88,18 +89,7 @@ def test_chained_kernels_give_the_same_tokens(
     assert_same(run(resolved, pages=1000, full=True), alone)
 
 
-def can_compile() -> bool:
-    try:
-        require_wheels()
-        mosaic_mode(False)
-    except ValueError:
-        return False
-    return True
-
-
-# JAX keeps programs for devices that are not there, and cannot read them again.
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
-@pytest.mark.skipif(not can_compile(), reason="needs JAX 0.11 and the wheels of the extra 'plan'")
+@compiles_kernels
 def test_weights_that_are_fetched_early_are_the_steps_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel reads them before those before it have ended: one that a step computes might not be there yet."""
     monkeypatch.setattr(step_products, "check_hopper", lambda _: None)

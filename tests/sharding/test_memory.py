@@ -47,7 +47,7 @@ def test_smallest_meshes():
         return DeviceBytes(weights=1000 // (pipe * tensor), temp=10 * tensor)
 
     def found(available: int) -> list[str]:
-        return [str(mesh) for mesh, _ in smallest_meshes(need, available, tensor=[1, 2, 4], pipe=range(1, 5))]
+        return [str(mesh) for mesh, _ in smallest_meshes(need, lambda _: available, tensor=[1, 2, 4], pipe=range(1, 5))]
 
     assert found(2000) == ["one device"]
     assert found(515) == ["pipe=2"]
