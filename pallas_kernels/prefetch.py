@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BOX_ROWS, BOX_COLUMNS = 16, 256  # of one request
+BOX_ROWS, BOX_COLUMNS = 16, 256  # of one request, whose sides have 256 entries at most
 
 
 def prefetch(weight: Any, num_bytes: int, block: Any, num_blocks: int) -> None:
@@ -30,3 +31,13 @@ def prefetch(weight: Any, num_bytes: int, block: Any, num_blocks: int) -> None:
         box = block + i * num_blocks
         band = lax.div(lax.div(box, across) * bands, taken)
         plgpu.async_prefetch(weight.at[pl.ds(band * BOX_ROWS, BOX_ROWS), pl.ds(lax.rem(box, across) * width, width)])
+
+
+def prefetch_vector(vector: Any) -> None:
+    """In a kernel, by one warpgroup: ask the L2 cache for vector [D], D a multiple of 128, and do not wait.
+
+    Nothing is read, so that it may be asked for while somebody still writes it.
+    """
+    width = math.gcd(vector.shape[0], BOX_COLUMNS)
+    for start in range(0, vector.shape[0], width):
+        plgpu.async_prefetch(vector.at[pl.ds(start, width)])
