@@ -31,7 +31,7 @@ from paddock.serving.bucket import Bucket
 from paddock.serving.mailboxes import Mailboxes
 from paddock.serving.platform import make_cpu_devices
 from paddock.serving.programs import Programs
-from paddock.serving.resolve import plan_steps
+from paddock.serving.step_planning import plan_steps
 from paddock.serving.step_products import MAILBOXES
 from paddock.sharding import Layout, MeshConfig
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
-import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from collections.abc import Sequence as ListOf
-from typing import Any
 
 import jax
 
-from .engine import Engine, StepResult
+from .delivery import Delivery
 from .engine_config import EngineConfig
 from .errors import EngineBusy, EngineDead
-from .members import Members
+from .inbox import Inbox, Wishes
 from .metrics import Metrics
-from .outputs import RequestTimes, TokenLogprobs
+from .outputs import RequestTimes
 from .peers import Peers
 from .quiet_heap import HEAP
 from .request import OutputKind, RequestStream, TokenEvent
 from .sampling_params import SamplingParams
-from .sequence import Sequence, SequenceStatus
 from .turn import Admission, Lockstep, Turn
 
 logger = logging.getLogger("paddock")
@@ -34,18 +30,6 @@ logger = logging.getLogger("paddock")
 STALL_SECONDS = 120.0
 # How long `shutdown` waits for the step that runs.
 JOIN_SECONDS = 15.0
-
-
-@dataclasses.dataclass
-class _Wishes:
-    """What other threads asked for since the step before."""
-
-    admitted: list[RequestStream] = dataclasses.field(default_factory=list)
-    # Outputs of a request that shall end, and why.
-    aborted: list[tuple[RequestStream, list[int], str]] = dataclasses.field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.admitted or self.aborted)
 
 
 class EngineLoop:
@@ -58,8 +42,7 @@ class EngineLoop:
     def __init__(self, config: EngineConfig, *, replica: int = 0, progress: bool = False):
         self._peers = Peers(config)
         built = self._peers.build(config, replica=replica, progress=progress)
-        self._start(built.engine, built.executor.release, replica)
-        self.config = config
+        self.config, self.engine, self.executor = config, built.engine, built.executor
         self.startup_seconds, self.compiling = built.startup_seconds, built.compiling
         self.model_name = config.served_model_name or config.model or "paddock-demo"
         self.tokenizer, self.chat_template = built.tokenizer, built.chat_template
@@ -70,7 +53,6 @@ class EngineLoop:
         scheduler = built.engine.scheduler
         self.metrics = Metrics(self.model_name, str(replica), lambda: scheduler.load)
         self.metrics.on_compile(built.executor.num_compilations)
-        jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         for kind, num_bytes in built.executor.bytes_per_device().items():
             self.metrics.set_memory(kind, num_bytes)
         self.metrics.set_cache_config(
@@ -78,26 +60,18 @@ class EngineLoop:
             num_gpu_blocks=(built.resolved.num_pages - 1) * built.resolved.plan.num_partitions,
             cache_dtype=built.resolved.dtype,
         )
-        self.executor = built.executor
-        gc.collect()
-        self._thread.start()
-        self._peers.watch(self._lose_peer, self.shutdown)
-
-    def _start(self, engine: Engine, release: Callable[[], None], replica: int) -> None:
-        self.engine, self._release = engine, release
-        self._lockstep = Lockstep(engine, alone=self._peers.is_alone)
-        self._inbox: queue.SimpleQueue[Callable[[_Wishes], None] | None] = queue.SimpleQueue()
-        self._members = Members()
-        # Sequences left of each request, from `admit` on.
-        self._unfinished: dict[RequestStream, int] = {}
+        self._lockstep = Lockstep(built.engine, alone=self._peers.is_alone)
+        self._delivery = Delivery(self._lockstep, self.metrics)
+        self._inbox = Inbox()
         self._accepting, self._stopping = True, False
         self._dead: str | None = None
         self._beat = time.monotonic()
-        self._num_preemptions = 0
-        # Each is written under the lock or by one thread alone, so that their difference needs no lock.
-        self._num_submitted = self._num_ended = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"paddock-engine-{replica}", daemon=True)
+        jax.monitoring.register_event_duration_secs_listener(self._note_compile)
+        gc.collect()
+        self._thread.start()
+        self._peers.watch(self._lose_peer, self.shutdown)
 
     # --- other threads ---
 
@@ -123,7 +97,7 @@ class EngineLoop:
             params=params,
             tokenizer=self.tokenizer,
             times=RequestTimes(arrival=time.monotonic()),
-            abort=self._abort,
+            abort=self._inbox.abort,
             output_kind=output_kind,
             patient=patient,
             on_event=on_event,
@@ -137,20 +111,18 @@ class EngineLoop:
                 raise EngineDead(self._dead)
             if not self._accepting:
                 raise EngineBusy("the engine is shutting down")
-            for stream in streams:
-                self._unfinished[stream] = stream.params.n
-                self._num_submitted += stream.params.n
-            self._inbox.put(lambda wishes: wishes.admitted.extend(streams))
+            self._delivery.expect(streams)
+            self._inbox.admit(streams)
 
     @property
     def num_unfinished(self) -> int:
         """Sequences submitted and not yet ended, those on their way to the engine's thread included."""
-        return self._num_submitted - self._num_ended
+        return self._delivery.num_unfinished
 
     @property
     def num_queued(self) -> int:
         """Requests of which no step has run."""
-        return sum(stream.times.scheduled is None for stream in list(self._unfinished))
+        return sum(stream.times.scheduled is None for stream in self._delivery.streams)
 
     def health(self) -> str | None:
         """None while steps make progress or there is nothing to do; else what is wrong."""
@@ -159,7 +131,7 @@ class EngineLoop:
         if not self._thread.is_alive():
             return "the engine's thread has ended"
         waited = time.monotonic() - self._beat
-        if self._unfinished and waited > STALL_SECONDS:
+        if self._delivery.num_unfinished and waited > STALL_SECONDS:
             return f"no step has finished for {waited:.0f} s"
         return None
 
@@ -180,18 +152,15 @@ class EngineLoop:
         with self._lock:
             self._accepting = False
         deadline = time.monotonic() + grace_seconds
-        while self._unfinished and self._thread.is_alive() and time.monotonic() < deadline:
+        while self._delivery.num_unfinished and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
         with self._lock:
             already, self._stopping = self._stopping, True
         if not already:
-            self._inbox.put(None)
+            self._inbox.close()
         # A step whose other parts are gone never ends.
         self._thread.join(timeout=1.0 if self._peers.lost.is_set() else JOIN_SECONDS)
         return not self._thread.is_alive()
-
-    def _abort(self, stream: RequestStream, indices: list[int], reason: str) -> None:
-        self._inbox.put(lambda wishes: wishes.aborted.append((stream, indices, reason)))
 
     def _note_compile(self, event: str, *_: object, **__: object) -> None:
         # Whatever else compiles in this process - another replica, the user's own programs - is no step of ours.
@@ -203,13 +172,13 @@ class EngineLoop:
     def _run(self) -> None:
         HEAP.begin()
         try:
-            while (wishes := self._collect()) is not None:
+            while (wishes := self._inbox.collect(is_idle=self.engine.is_idle)) is not None:
                 self._beat = time.monotonic()
                 if wishes or not self._peers.is_alone:
                     self._tell(wishes)
                 result = self._lockstep.run()
                 self._peers.check(result)
-                self._deliver(result, time.monotonic() - self._beat)
+                self._delivery.deliver(result, time.monotonic() - self._beat)
         except BaseException as error:
             logger.critical("the engine stopped: %s", error, exc_info=error)
             self._die(f"the engine stopped: {self._peers.reason(error)}")
@@ -220,28 +189,10 @@ class EngineLoop:
         finally:
             jax.monitoring.unregister_event_duration_listener(self._note_compile)
             self.engine.close()
-            self._release()
+            self.executor.release()
             HEAP.end()
 
-    def _collect(self) -> _Wishes | None:
-        """Take in what other threads asked for, waiting for it when there is nothing to run; None: stop."""
-        wishes = _Wishes()
-        while not self._inbox.empty() or (self.engine.is_idle and not wishes):
-            command = self._inbox.get() if not self._inbox.empty() else self._rest()
-            if command is None:
-                return None
-            command(wishes)
-        return wishes
-
-    def _rest(self) -> Callable[[_Wishes], None] | None:
-        """Wait for what comes next."""
-        HEAP.end()
-        try:
-            return self._inbox.get()
-        finally:
-            HEAP.begin()
-
-    def _tell(self, wishes: _Wishes) -> None:
+    def _tell(self, wishes: Wishes) -> None:
         """Tell the engine, in every process, what joins and what ends before the next step."""
         ids: dict[RequestStream, list[int]] = {}
         first = self._lockstep.num_sequences
@@ -261,90 +212,19 @@ class EngineLoop:
         )
         self._peers.tell(turn)
         for stream, sequences in zip(wishes.admitted, self._lockstep.take(turn), strict=True):
-            stream.sequences = sequences
-            self._members.join(stream)
+            self._delivery.join(stream, sequences)
         if ending:
-            self._members.settle()
-        for stream, index, reason, _ in ending:
-            seq = stream.sequences[index]
-            if (member := self._members.get(seq)) is not None:
-                stream.put(member.event(seq, finish_reason="abort"))
-                self._forget(seq, reason)
-
-    def _deliver(self, result: StepResult, seconds: float) -> None:
-        now = time.monotonic()
-        for chunk in result.schedule.chunks:
-            member = self._members.get(chunk.seq)
-            if member is not None and member.stream.times.scheduled is None:
-                member.stream.times.scheduled = now - seconds
-        # Before anybody hears of it: who has the last output may look at the metrics at once.
-        self._report_step(result, seconds)
-        hearing = self._members.note_tokens(result, now, self.metrics)
-        # Scores of a prompt are told before its first token, and wait for it in the stream.
-        scores: dict[Sequence, list[tuple[int, TokenLogprobs]]] = {}
-        for seq, position, candidates in result.prompt_logprobs:
-            scores.setdefault(seq, []).append((position, candidates))
-        for seq, entries in scores.items():
-            member = self._members[seq]
-            member.stream.put(TokenEvent(member.index, prompt_logprobs=tuple(entries)))
-        for seq, member in hearing:
-            reason = seq.finish_reason
-            event = member.event(seq, reason, seq.stop_reason)
-            if result.logprobs:
-                event.logprobs = result.logprobs.get(seq)
-            if reason is not None:
-                self._forget(seq, reason)
-            member.stream.put(event)
-        for seq in result.failed:
-            if (failed := self._members.get(seq)) is None:
-                continue
-            failed.stream.put(TokenEvent(failed.index, error=result.error))
-            others = [other for other in failed.stream.sequences if other.status is not SequenceStatus.FINISHED]
-            self._lockstep.abort(other.seq_id for other in others)
-            for lost in (seq, *others):
-                self._forget(lost, "error")
-
-    def _forget(self, seq: Sequence, reason: str) -> None:
-        member = self._members.pop(seq, None)
-        if member is None:
-            return
-        stream = member.stream
-        self._unfinished[stream] -= 1
-        self._num_ended += 1
-        if not self._unfinished[stream]:
-            del self._unfinished[stream]
-            generated = sum(len(other.tokens_read) for other in stream.sequences)
-            self.metrics.on_finish(stream.times, time.monotonic(), seq.num_prompt, generated, reason)
-
-    def _report_step(self, result: StepResult, seconds: float) -> None:
-        scheduler = self.engine.scheduler
-        if result.bucket is not None:
-            self.metrics.on_step(
-                bucket=result.bucket,
-                seconds=seconds,
-                num_tokens=result.num_tokens,
-                preemptions=scheduler.num_preemptions - self._num_preemptions,
-            )
-            self._num_preemptions = scheduler.num_preemptions
+            self._delivery.abort((stream, index, reason) for stream, index, reason, _ in ending)
 
     def _die(self, message: str, reason: str = "error") -> None:
         """End every stream, those still in the inbox included; later ones are refused."""
         with self._lock:
             self._accepting, self._dead = False, self._dead or message
-        event: dict[str, Any] = {"finish_reason": "abort"} if reason == "abort" else {"error": message}
-        for stream in list(self._unfinished):
-            if not stream.sequences:
-                stream.sequences = self.engine.add(stream.prompt_token_ids, stream.params)
-                self._members.join(stream)
-        self._members.settle()
-        for seq, member in list(self._members.items()):
-            self.engine.abort([seq])
-            member.stream.put(member.event(seq, **event))
-            self._forget(seq, reason)
+        self._delivery.end(reason, error=None if reason == "abort" else message)
 
     def _lose_peer(self, message: str) -> None:
         """Another process is gone: end every stream now, for this one's thread may hang in a step for ever."""
         with self._lock:
             self._accepting, self._dead = False, message
-        for stream in list(self._unfinished):
+        for stream in self._delivery.streams:
             stream.put(TokenEvent(0, error=message))

@@ -20,7 +20,7 @@ from .engine_config import EngineConfig
 from .explain import array_kinds, device_bytes, step_buckets, step_collectives
 from .plan_prove import Proof, ProvedStep, read_config
 from .programs import Programs
-from .resolve import plan_steps
+from .step_planning import plan_steps
 
 # Accelerators of a host. XLA takes links within one for fast.
 PER_HOST = 8

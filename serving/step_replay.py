@@ -22,8 +22,8 @@ from .engine_config import EngineConfig
 from .executor import Executor
 from .footprint import MAX_CHUNKS
 from .programs import Programs
-from .resolve import plan_steps
 from .step_input import INTS
+from .step_planning import plan_steps
 
 SECONDS = 0.1  # of steps that are timed together
 ROUNDS = 5  # of which the quickest counts: what else the machine does only adds

@@ -16,7 +16,7 @@ from paddock.checkpoints import load
 from paddock.model.shapes import SHAPES
 from paddock.serving.bucket import Bucket
 from paddock.serving.programs import Programs
-from paddock.serving.resolve import plan_steps
+from paddock.serving.step_planning import plan_steps
 from paddock.serving.step_products import is_chained
 from paddock.sharding import Layout
 

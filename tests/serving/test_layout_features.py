@@ -15,8 +15,8 @@ from paddock.serving import LLM, RequestOutput, SamplingParams, resolve
 from paddock.serving.bucket import BucketTable
 from paddock.serving.errors import RequestFailed
 from paddock.serving.kv_cache import page_bytes
-from paddock.serving.resolve import plan_steps
 from paddock.serving.step_plan import StepPlan
+from paddock.serving.step_planning import plan_steps
 from paddock.sharding import Layout
 
 LENGTHS = (5, 1, 40, 13, 4, 27, 3, 8)

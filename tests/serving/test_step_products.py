@@ -21,7 +21,7 @@ from paddock.serving.bucket import Bucket
 from paddock.serving.plan_prove import target_description
 from paddock.serving.plan_prove_worker import described_devices
 from paddock.serving.programs import Programs
-from paddock.serving.resolve import plan_steps
+from paddock.serving.step_planning import plan_steps
 from paddock.serving.step_products import MAILBOXES, choose_all_reduce
 from paddock.sharding import Layout, read_collectives
 
