@@ -62,7 +62,7 @@ def test_the_kernel_equals_numpy(m: int, k: int, n: int, epilogue: str, tiling: 
 
 def test_groups_of_rows_cover_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five tiles of rows in groups of two, the last of which has one."""
-    monkeypatch.setattr("paddock.pallas_kernels.matmul_mosaic.TOGETHER", 2 * 64 * 128 * 2)
+    monkeypatch.setattr("paddock.pallas_kernels.matmul_kernel.TOGETHER", 2 * 64 * 128 * 2)
     x, w = operands(5 * 64, 128, 192)
     out = matmul_mosaic(x, w, tiling=Tiling(64, 64, 1, 3), interpret=True)
     assert relative_error(out, exact(x, w)) <= TOLERANCE
