@@ -3,18 +3,19 @@ options of XLA's.
 
     python benchmarks/step_program.py --mesh tensor=2
     python benchmarks/step_program.py --products xla mosaic --xla "" xla_gpu_enable_split_k_autotuning=false
-    python benchmarks/step_program.py --products mosaic --add-norm xla mosaic
+    python benchmarks/step_program.py --products mosaic --add-norm xla mosaic --profile
     python benchmarks/step_program.py --model smollm2-135m --mesh tensor=3 --batch-sizes 1 --all-reduce xla reference
 
 Dummy weights; every sequence stays at position --context - 1. The first steps generate, to compare their tokens with
-those of the first variant: equal sums in another order may round differently, so that tokens may part. The last line is
-JSON.
+those of the first variant: equal sums in another order may round differently, so that tokens may part. --profile shows
+where each variant's time goes, in microseconds from the end of what ran before. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from paddock.serving.bucket import Bucket
 from paddock.serving.mailboxes import Mailboxes
 from paddock.serving.platform import make_cpu_devices
 from paddock.serving.programs import Programs
+from paddock.serving.step_parts import Part, part_of_instruction, parts_of, parts_table
 from paddock.serving.step_planning import plan_steps
 from paddock.serving.step_products import MAILBOXES
+from paddock.serving.step_trace import StepTrace
 from paddock.sharding import Layout, MeshConfig
 
-PAGE_SIZE, GENERATED = 64, 12
+PAGE_SIZE, GENERATED, PROFILED = 64, 12, 12
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--add-norm", nargs="+", default=["xla"])
     parser.add_argument("--xla", nargs="+", default=[""], metavar="NAME=VALUE,..", help="sets of XLA options")
     parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--profile", action="store_true", help="a table of a step's parts for each row")
     args = parser.parse_args(argv)
     mesh, model = MeshConfig.parse(args.mesh), SHAPES[args.model]
     reductions = args.all_reduce or (["xla", "mosaic"] if mesh.num_devices > 1 else ["xla"])
@@ -67,10 +71,14 @@ def main(argv: list[str] | None = None) -> None:
         boxes = Mailboxes.open(layout.mesh, reduction_axes(layout)) if plan.has_mailboxes else None
         given = {**params, MAILBOXES: boxes.table} if boxes else params
         for xla, count in itertools.product(args.xla, args.batch_sizes):
-            taken, tokens = run(programs, given, count, args.context - 1, args.repetitions, xla_options(xla))
+            step = Step(programs, given, count, args.context, xla_options(xla))
+            tokens, taken = step.generate(), step.seconds(args.repetitions)
+            if args.profile:
+                print(f"\n{entries}, xla {xla!r}, B {count}\n{parts_table(step.parts())}", flush=True)
             first = next((row["tokens"] for row in rows if row["B"] == count), tokens)
             equal = float(np.mean(tokens == first))
             rows.append({**entries, "xla": xla, "B": count, "step_ms": taken * 1e3, "equal": equal, "tokens": tokens})
+            del step  # and its cache, before the next one's
     for row in rows:
         del row["tokens"]
     report({"benchmark": "step_program", "model": args.model, "mesh": args.mesh, "context": args.context}, rows)
@@ -87,40 +95,57 @@ def xla_options(text: str) -> dict[str, Any]:
     return options
 
 
-def run(
-    programs: Programs, params: Any, count: int, position: int, repetitions: int, options: dict[str, Any]
-) -> tuple[float, np.ndarray]:
-    """Seconds of a step of `count` sequences, the best of three series, and the tokens of the first steps. Raises
-    ValueError for a number that no step has."""
-    plan = programs.plan
-    bucket = Bucket(count, 0, 0, plan.branches)
-    if bucket not in programs.packings:
-        sizes = sorted({one.decodes for one in programs.packings if not one.chunks})
-        raise ValueError(f"--batch-sizes: no step has {count} rows here, but {', '.join(map(str, sizes))}")
-    packing, compiled = programs.packings[bucket], programs.compile_step(bucket, options)
-    cache, state = programs.compile_allocate()()
-    pages = np.arange(1, plan.num_slots * plan.pages_per_seq + 1, dtype=np.int32).reshape(plan.num_slots, -1)
-    state = state._replace(page_table=plan.layout.put(pages))
+class Step:
+    """The compiled step of so many sequences with `context` tokens each. Raises ValueError for a number that no step
+    has."""
 
-    def packed(position: int) -> jax.Array:
-        host = packing.empty.copy()
-        views = packing.views(host)
-        views["decode_slot"][:] = views["row_ints"][0] = np.arange(count)
+    def __init__(self, programs: Programs, params: Any, count: int, context: int, options: dict[str, Any]):
+        self._plan, self._params, self._count, self._last = programs.plan, params, count, context - 1
+        bucket = Bucket(count, 0, 0, self._plan.branches)
+        if bucket not in programs.packings:
+            sizes = sorted({one.decodes for one in programs.packings if not one.chunks})
+            raise ValueError(f"--batch-sizes: no step has {count} rows here, but {', '.join(map(str, sizes))}")
+        self._packing, self._compiled = programs.packings[bucket], programs.compile_step(bucket, options)
+        self._cache, state = programs.compile_allocate()()
+        slots, each = self._plan.num_slots, self._plan.pages_per_seq
+        pages = np.arange(1, slots * each + 1, dtype=np.int32).reshape(slots, each)
+        self._state = state._replace(page_table=self._plan.layout.put(pages))
+
+    def _packed(self, position: int) -> jax.Array:
+        host = self._packing.empty.copy()
+        views = self._packing.views(host)
+        views["decode_slot"][:] = views["row_ints"][0] = np.arange(self._count)
         views["decode_position"][:] = position
-        return plan.layout.put(host)
+        return self._plan.layout.put(host)
 
-    tokens = []
-    for step in range(GENERATED):
-        cache, state, output = compiled(params, cache, state, packed(step))
-        tokens.append(np.asarray(output.sampled.tokens))
-    last, best = packed(position), float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(repetitions):
-            cache, state, output = compiled(params, cache, state, last)
-        jax.block_until_ready(output)
-        best = min(best, time.perf_counter() - start)
-    return best / repetitions, np.stack(tokens)
+    def _run(self, packed: jax.Array) -> jax.Array:
+        self._cache, self._state, output = self._compiled(self._params, self._cache, self._state, packed)
+        return output.sampled.tokens
+
+    def generate(self) -> np.ndarray:
+        """The tokens of the first steps [GENERATED B]."""
+        return np.stack([np.asarray(self._run(self._packed(position))) for position in range(GENERATED)])
+
+    def seconds(self, repetitions: int) -> float:
+        """A step's, the best of three series."""
+        last, best = self._packed(self._last), float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            for _ in range(repetitions):
+                tokens = self._run(last)
+            tokens.block_until_ready()
+            best = min(best, time.perf_counter() - start)
+        return best / repetitions
+
+    def parts(self) -> list[Part]:
+        """Where the time goes, in a profile of some steps."""
+        last = self._packed(self._last)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(PROFILED):
+                    tokens = self._run(last)
+                tokens.block_until_ready()
+            return parts_of(StepTrace.read(Path(folder)), part_of_instruction(self._compiled.as_text() or ""), {})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ MARGIN = 0.2
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One event: its own name, the HLO instruction it was launched for ("" if the trace does not say), nanoseconds.
-    `busy_ns` is without what is nested in it."""
+
+    `busy_ns`, on a GPU, is from when all before it in its stream had ended, for until then one that was launched early
+    mostly waits; on a CPU it is without what is nested in it.
+    """
 
     name: str
     op: str
@@ -105,7 +108,7 @@ class StepTrace:
             warnings.simplefilter("ignore", DeprecationWarning)
             for line in plane.lines if plane is not None else ():
                 if not on_gpu or line.name.startswith("Stream"):
-                    kernels += _of_line(line.events, all_events=on_gpu)
+                    kernels += _of_line(line.events, on_gpu=on_gpu)
         return cls(tuple(sorted(kernels, key=lambda kernel: kernel.start_ns)), on_gpu)
 
     @functools.cached_property
@@ -147,20 +150,36 @@ def covered(spans: Iterable[tuple[float, float]], start: float, end: float) -> f
     return total
 
 
-def _of_line(events: Iterable[Any], *, all_events: bool) -> list[Kernel]:
+def _of_line(events: Iterable[Any], *, on_gpu: bool) -> list[Kernel]:
     """One stream's or thread's; of a CPU's only what belongs to an instruction of a step."""
     found: list[tuple[str, str, float, float]] = []
     for event in events:
         stats = dict(event.stats)
-        if all_events or ("hlo_op" in stats and str(stats.get("hlo_module", "")).startswith("jit_step")):
+        if on_gpu or ("hlo_op" in stats and str(stats.get("hlo_module", "")).startswith("jit_step")):
             found.append((event.name, str(stats.get("hlo_op", "")), event.start_ns, event.start_ns + event.duration_ns))
     found.sort(key=lambda one: (one[2], -one[3]))
-    nested = [0.0] * len(found)
+    spans = [(start, end) for _, _, start, end in found]
+    busy = _after_others(spans) if on_gpu else _without_nested(spans)
+    return [Kernel(*one, ns) for one, ns in zip(found, busy, strict=True)]
+
+
+def _after_others(spans: Sequence[tuple[float, float]]) -> list[float]:
+    """Of each span what lies after the ends of all before it."""
+    busy, reached = [], 0.0
+    for start, end in spans:
+        busy.append(max(0.0, end - max(start, reached)))
+        reached = max(reached, end)
+    return busy
+
+
+def _without_nested(spans: Sequence[tuple[float, float]]) -> list[float]:
+    """Of each span what lies in none that is nested in it."""
+    nested = [0.0] * len(spans)
     open_: list[int] = []
-    for index, (_, _, start, end) in enumerate(found):
-        while open_ and found[open_[-1]][3] <= start:
+    for index, (start, end) in enumerate(spans):
+        while open_ and spans[open_[-1]][1] <= start:
             open_.pop()
         if open_:
             nested[open_[-1]] += end - start
         open_.append(index)
-    return [Kernel(n, op, a, b, max(0.0, b - a - inner)) for (n, op, a, b), inner in zip(found, nested, strict=True)]
+    return [max(0.0, end - start - inner) for (start, end), inner in zip(spans, nested, strict=True)]

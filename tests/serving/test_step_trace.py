@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from paddock.serving.bench_workload import Job
 from paddock.serving.cli import main
 from paddock.serving.programs import Programs
 from paddock.serving.step_parts import OTHER, PARTS, RESIDUAL, UNATTRIBUTED, part_of_instruction, parts_of
-from paddock.serving.step_trace import STEPS, Kernel, StepTrace, covered
+from paddock.serving.step_trace import STEPS, Kernel, StepTrace, _of_line, covered
 
 CACHE = Path(__file__).parents[2] / "build" / "test-compile-cache"
 HLO = """
@@ -88,6 +89,20 @@ def test_kernels_of_a_graph_are_shared_out_as_those_that_tell() -> None:
     assert parts["qkv"].seconds == pytest.approx(10e-9)
     assert parts["down"].seconds == pytest.approx(30e-9)
     assert parts[UNATTRIBUTED].seconds == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "spans", "busy"),
+    [
+        (True, [(0, 10), (4, 30), (5, 9), (32, 37)], [10, 20, 0, 5]),
+        (False, [(0, 10), (2, 7), (10, 30), (32, 37)], [5, 5, 20, 5]),
+    ],
+)
+def test_time_that_kernels_share_is_counted_once(on_gpu: bool, spans: list[tuple], busy: list[float]) -> None:
+    """On a GPU one that is launched early waits for those before it; on a CPU calls are nested."""
+    stats = {"hlo_module": "jit_step", "hlo_op": "add"}
+    events = [SimpleNamespace(name="k", stats=stats, start_ns=a, duration_ns=b - a) for a, b in spans]
+    assert [kernel.busy_ns for kernel in _of_line(events, on_gpu=on_gpu)] == busy
 
 
 def test_idle_share_and_the_longest_gaps() -> None:
