@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from .bench_offline import run_jobs, warm_up
@@ -15,10 +16,14 @@ from .collect_env import describe_devices
 if TYPE_CHECKING:
     from .front import Front
 
+NUM_PROMPTS = 100
+
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError for lengths that the model does not take."""
     workloads = PRESETS[args.workload] if args.workload else (_workload(args),)
+    if args.num_prompts is not None:
+        workloads = tuple(dataclasses.replace(workload, num_prompts=args.num_prompts) for workload in workloads)
     with running_engine(engine_config(args)) as engine:
         for workload in workloads:
             result = measure(engine, workload, args.seed)
@@ -37,4 +42,4 @@ def measure(engine: Front, workload: Workload, seed: int) -> dict[str, Any]:
 
 def _workload(args: argparse.Namespace) -> Workload:
     lengths = parse_lengths(args.input_len, "--input-len"), parse_lengths(args.output_len, "--output-len")
-    return Workload(args.num_prompts, *lengths, concurrency=args.concurrency)
+    return Workload(NUM_PROMPTS, *lengths, concurrency=args.concurrency)

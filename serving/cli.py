@@ -100,9 +100,11 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     throughput = _command(kinds, "throughput", "bench_throughput", "tokens per second of a batch of requests, offline")
     throughput.add_argument(
-        "--workload", choices=("W1", "W2", "W3", "W4"), help="a fixed workload, see docs/numbers.md"
+        "--workload",
+        choices=("W1", "W2", "W3", "W4"),
+        help="a fixed workload, see docs/numbers.md, with its own lengths and concurrency",
     )
-    throughput.add_argument("--num-prompts", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    throughput.add_argument("--num-prompts", type=int, metavar="N", help="(default: the workload's, else 100)")
     throughput.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default: all)")
     _add_lengths(throughput, 128, 128)
     add_engine_flags(throughput)

@@ -314,6 +314,13 @@ def test_bench_throughput_presets_run_every_batch(engine, capsys):
     ]  # fmt: skip
 
 
+def test_a_preset_takes_another_number_of_requests(engine, capsys):
+    engine.max_model_len = 10_000
+    assert main(["bench", "throughput", "--workload", "W3", "--num-prompts", "3"]) == 0
+    result = last_json(capsys)
+    assert (result["workload"], result["num_prompts"], result["completed"]) == ("W3", 3, 3)
+
+
 def test_bench_latency(engine, capsys):
     words = ["--batch-size", "3", "--input-len", "4", "--output-len", "5", "--num-iters", "2"]
     assert main(["bench", "latency", *words]) == 0
