@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from paddock.sharding.accelerators import Accelerator, accelerators
+from paddock.sharding.collectives import KINDS
 
 from .executor import Executor
 from .kv_cache import kv_bytes_per_token
@@ -21,7 +22,9 @@ from .weights import PRODUCTS
 
 # Scopes of model and step, in the order in which a layer runs; the innermost counts.
 PARTS = ("embed", "norm", "qkv", "rope", "append", "attend", "out", "gate_up", "down", "stages", "head", "sample")
-RESIDUAL, OTHER, UNATTRIBUTED = "residual", "other", "unattributed"
+COLLECTIVES, RESIDUAL, OTHER, UNATTRIBUTED = "collectives", "residual", "other", "unattributed"
+# The compiler's by what they are, for they bear the scope of what they sum; ours by the function that launches them.
+_COLLECTIVE = re.compile(rf"\b(?:{'|'.join(KINDS)})(?:-start|-done)?\(|\bjit\(all_reduce")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _CALLED = re.compile(r"calls=%?([\w.-]+)")
@@ -50,7 +53,8 @@ class Part:
 
 def part_of_instruction(hlo_text: str) -> dict[str, str]:
     """The part of each instruction of a compiled step, by its scopes, and of our kernels by their names. An instruction
-    without scopes is where most of what it calls is, or else what it works on."""
+    without scopes is where most of what it calls is, or else what it works on. Collectives are a part of their own, in
+    which devices wait for each other."""
     parts: dict[str, str] = {}
     inside: dict[str, Counter[str]] = {}
     computation = ""
@@ -71,6 +75,8 @@ def part_of_instruction(hlo_text: str) -> dict[str, str]:
 
 
 def _known_part(text: str, parts: Mapping[str, str], inside: Mapping[str, Counter[str]]) -> str | None:
+    if _COLLECTIVE.search(text):
+        return COLLECTIVES
     if scopes := _OP_NAME.search(text):
         return _part(scopes[1])
     if (called := _CALLED.search(text)) and called[1] in inside:
@@ -106,7 +112,7 @@ def parts_of(trace: StepTrace, parts: Mapping[str, str], floors: Mapping[str, fl
         for part, share in shares.items():
             _add(counts, part, number * share[0] / whole[0], seconds * share[1] / (whole[1] or 1))
     total, steps = sum(seconds for _, seconds in counts.values()), trace.num_steps
-    order = [*PARTS, RESIDUAL, OTHER, UNATTRIBUTED]
+    order = [*PARTS, COLLECTIVES, RESIDUAL, OTHER, UNATTRIBUTED]
     return [
         Part(name, counts[name][0] / steps, counts[name][1] / steps, counts[name][1] / total, floors.get(name))
         for name in order

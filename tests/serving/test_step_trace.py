@@ -55,6 +55,24 @@ def test_instructions_without_scopes_belong_where_what_they_call_or_read_does() 
     assert parts["add_row_mosaic_gpu_kernel"] == parts["mpmd.8"] == "norm"
 
 
+def test_collectives_are_a_part_of_their_own() -> None:
+    parts = part_of_instruction("""
+%wrapped (p: f32[4]) -> f32[4] {
+  ROOT %reduce-scatter.1 = f32[2]{0} reduce-scatter(%p), to_apply=%sum
+}
+ENTRY %main {
+  %dot.1 = f32[4]{0} dot(%x, %x), metadata={op_name="jit(step)/layer0/mlp/down/dot_general"}
+  %all-reduce-start.1 = f32[4]{0} all-reduce-start(%dot.1), metadata={op_name="jit(step)/layer0/mlp/down/dot_general"}
+  %all-reduce-done.1 = f32[4]{0} all-reduce-done(%all-reduce-start.1)
+  %async-start.1 = ((f32[4]), f32[2]) async-start(%dot.1), calls=%wrapped
+  %mpmd.1 = f32[4]{0} custom-call(%y), metadata={op_name="a/layer0/mlp/down/jit(all_reduce_mosaic)/body/mpmd_map"}
+  %add.1 = f32[4]{0} add(%all-reduce-done.1, %x), metadata={op_name="jit(step)/layer0/add"}
+}""")
+    sums = {"all-reduce-start.1", "all-reduce-done.1", "async-start.1", "mpmd.1", "body_mosaic_gpu_kernel"}
+    assert {name for name, part in parts.items() if part == "collectives"} == {*sums, "reduce-scatter.1"}
+    assert (parts["dot.1"], parts["add.1"]) == ("down", "residual")
+
+
 def steps(*kernels: tuple[str, str, float, float], count: int = 10, period: float = 100) -> StepTrace:
     """The same kernels (name, op, start, end) `count` times, a `period` apart."""
     events = [
