@@ -86,6 +86,10 @@ class Scheduler:
         """Sequences running and waiting, and the usage; any thread may ask."""
         return self.num_running, len(self.waiting), self.usage
 
+    def seats(self, num_tokens: int) -> int:
+        """Sequences that grow to `num_tokens` and may run together without one giving way."""
+        return sum(min(p.num_slots, p.pool.num_usable // p.pool.pages_for(num_tokens)) for p in self.partitions)
+
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not any([part.running for part in self.partitions])

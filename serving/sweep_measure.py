@@ -50,25 +50,47 @@ def prompts_of(case: Case, vocab_size: int) -> list[list[int]]:
     return draw.integers(0, vocab_size, (case.batch_size, case.input_len)).tolist()
 
 
+def check(replicas: ListOf[Built], case: Case) -> None:
+    """Raises ValueError for lengths that the engine does not take, and for a batch that cannot run all together: what
+    would be measured are steps of fewer sequences."""
+    longest = case.output_len + _spare(replicas[0], case)
+    for built in replicas:
+        built.engine.check([0] * case.input_len, _params(longest))
+    seats = len(replicas) * min(built.engine.scheduler.seats(case.input_len + longest) for built in replicas)
+    if case.batch_size > seats:
+        resolved = replicas[0].resolved
+        raise ValueError(
+            f"a batch of {case.batch_size} does not run all together: there is room for {seats} sequences of "
+            f"{case.input_len + longest} tokens, with max_num_seqs {resolved.plan.num_slots} and a KV cache of "
+            f"{(resolved.num_pages - 1) * resolved.plan.num_partitions * resolved.page_size} tokens"
+            f"{' on each replica' if len(replicas) > 1 else ''}"
+        )
+
+
 def measure(replicas: ListOf[Built], case: Case) -> Measured:
-    """Run `case` with its prompts dealt over the replicas. Raises RuntimeError when a step fails, and ValueError for
-    lengths that the engine does not take."""
+    """Run `case`, for which `check` has nothing to say, with its prompts dealt over the replicas. Raises RuntimeError
+    when a step fails."""
     built = replicas[0]
     prompts = prompts_of(case, built.resolved.model.vocab_size)
     _prefill(replicas, prompts[: len(replicas)])  # whatever happens once happens here
     prefill_seconds, prefill_bucket = _prefill(replicas, prompts)
-    plan = built.resolved.plan
-    spare = headroom(case, plan.max_chunk_tokens, plan.stages.count)
-    tokens, decode_seconds, decode_bucket = _decode(replicas, prompts, case.output_len, spare)
+    tokens, decode_seconds, decode_bucket = _decode(replicas, prompts, case.output_len, _spare(built, case))
     return Measured(prefill_seconds, decode_seconds, tokens, prefill_bucket, decode_bucket)
 
 
+def _spare(built: Built, case: Case) -> int:
+    plan = built.resolved.plan
+    return headroom(case, plan.max_chunk_tokens, plan.stages.count)
+
+
+def _params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
 def _add(replicas: ListOf[Built], prompts: list[list[int]], max_tokens: int) -> list[Sequence]:
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     sequences = []
     for prompt, built in zip(prompts, itertools.cycle(replicas), strict=False):
-        built.engine.check(prompt, params)
-        sequences += built.engine.add(prompt, params)
+        sequences += built.engine.add(prompt, _params(max_tokens))
     return sequences
 
 

@@ -16,7 +16,7 @@ from .engine_config import EngineConfig
 # Keys of a sweep's file and attributes of its flags, with what is taken where neither says.
 SIZES: dict[str, Any] = {"batch_sizes": [8], "input_lens": [128], "output_len": 32}
 # Of what a row holds: one more whenever that changes, so that rows of before are run again and not misread.
-ROW_FORMAT = 2
+ROW_FORMAT = 3
 LAYOUT_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "mesh", "rules", "layout")
 
 

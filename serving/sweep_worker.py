@@ -23,7 +23,7 @@ from .explain import array_kinds, device_bytes, slices, step_collectives, temp_b
 from .lifeline import end_with_parent
 from .platform import prepare
 from .resolve import Resolved
-from .sweep_measure import copy_bandwidth, decode_bytes, headroom, measure
+from .sweep_measure import check, copy_bandwidth, decode_bytes, headroom, measure
 from .sweep_plan import Case, SweepLayout
 
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
@@ -139,6 +139,10 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
 
 
 def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str, Any]:
+    try:
+        check(replicas, case)
+    except ValueError as error:  # of this case alone: smaller ones may do
+        return {"status": "refused", "error": str(error)}
     found = measure(replicas, case)
     built = replicas[0]
     buckets = {str(bucket): bucket for bucket in built.executor.compiled}

@@ -82,6 +82,12 @@ def test_a_slot_and_pages_limit_admission() -> None:
     assert [c.seq.seq_id for c in scheduler.schedule().chunks] == [0]
 
 
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_seats_are_for_sequences_that_do_not_give_way(partitions: int) -> None:
+    scheduler = make(num_pages=8, page_size=4, seqs=4 * partitions, partitions=partitions)  # 7 pages to use
+    assert [scheduler.seats(length) // partitions for length in (4, 5, 12, 13, 28, 29)] == [4, 3, 2, 1, 1, 0]
+
+
 def test_the_latest_arrival_gives_way_and_is_computed_again() -> None:
     scheduler = make(num_pages=5, page_size=4)  # four pages: two sequences of eight tokens
     scheduler.add(sequence(0, 7, max_tokens=9))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from paddock.serving.build import Built
 from paddock.serving.cli import build_parser
 from paddock.serving.engine_config import EngineConfig
-from paddock.serving.sweep_measure import headroom
+from paddock.serving.page_pool import PagePool
+from paddock.serving.scheduler import Scheduler
+from paddock.serving.sweep_measure import check, headroom
 from paddock.serving.sweep_plan import Case, Sweep, SweepLayout
 from paddock.serving.sweep_worker import fit
 
@@ -125,3 +130,18 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, message: 
 )
 def test_the_first_sequences_last_until_all_decode(case: Case, budget: int, stages: int, steps: int):
     assert steps <= headroom(case, budget, stages) <= steps + 4 + 2 * stages
+
+
+def test_a_batch_that_does_not_run_all_together_is_refused():
+    """It would be timed as if it did: 4 slots, but pages for two sequences of 8 + 2 tokens and the 7 that they may be
+    ahead by."""
+    scheduler = Scheduler([PagePool(12, 4)], max_num_seqs=4, max_num_batched_tokens=16, max_chunks=4)
+    plan = SimpleNamespace(max_chunk_tokens=16, stages=SimpleNamespace(count=1), num_slots=4, num_partitions=1)
+    built = Mock(spec=Built)
+    built.engine = SimpleNamespace(scheduler=scheduler, check=lambda prompt, params: None)
+    built.resolved = SimpleNamespace(plan=plan, num_pages=12, page_size=4)
+    check([built], Case(2, 8, 2))
+    check([built, built], Case(4, 8, 2))
+    wrong = "a batch of 3 does not run all together: there is room for 2 sequences of 18 tokens, with max_num_seqs 4 "
+    with pytest.raises(ValueError, match=f"^{wrong}and a KV cache of 44 tokens$"):
+        check([built], Case(3, 8, 2))
