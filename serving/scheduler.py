@@ -219,7 +219,10 @@ class Scheduler:
     def _decode(self, part: Partition) -> Schedule:
         """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
         decoding = part.decoding
-        due = decoding.due(self._tick, -(-len(decoding) // self.num_groups))
+        # Those of fewer groups than stages enter in the same ticks of each round, or prompts that ended in different
+        # ticks would stay as many groups.
+        enters = self._tick % self.num_stages < self.num_groups
+        due = decoding.due(self._tick, -(-len(decoding) // self.num_groups) if enters else 0)
         short = decoding.short(due)
         while not part.pool.can_take(len(short)):
             # Who gives way is the last, perhaps one of these: the indices of the others stay.

@@ -224,6 +224,23 @@ def test_decoding_sequences_spread_over_the_ticks_of_a_pipeline() -> None:
     assert sizes == [0, 0, 0, *[2] * 13]
 
 
+def test_one_group_is_one_however_its_prompts_came() -> None:
+    """Four prompts enter in four ticks; then all decode in one of four."""
+    scheduler = make(num_pages=100, seqs=8, tokens=4, chunks=8, stages=4)
+    scheduler.num_groups = 1
+    for seq_id in range(4):
+        scheduler.add(sequence(seq_id, 4, max_tokens=30))
+    pending = deque([Schedule((), ())] * 4)
+    sizes = []
+    for _ in range(24):
+        schedule = scheduler.schedule()
+        pending.append(schedule)
+        read([pending.popleft()], scheduler)
+        sizes.append(len(schedule.decodes))
+    assert max(sizes) == 4
+    assert [size for size in sizes[12:] if size] == [4, 4, 4]
+
+
 def test_a_long_prompt_fills_every_stage() -> None:
     scheduler = make(num_pages=600, tokens=2048, stages=2)
     scheduler.add(sequence(0, 2000))
