@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from offline import Row, make_parser, open_llm, report
+from offline import Row, as_program, make_parser, open_llm, report
 
 from paddock.serving import LLM
 from paddock.serving.bench_offline import fixed_length
@@ -143,4 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

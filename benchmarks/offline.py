@@ -10,15 +10,20 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import random
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from paddock.serving import LLM, SamplingParams
 from paddock.serving.bench_offline import fixed_length
 from paddock.serving.bench_workload import Job, random_prompt
+from paddock.serving.cli import DEBUG_VARIABLE
 from paddock.serving.cli_flags import add_engine_flags, engine_config
+from paddock.serving.kv_cache import page_bytes
 
 Row = dict[str, Any]
 
@@ -32,6 +37,17 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--reps", type=int, default=3, help="timed repetitions, of which the median counts")
     return parser
+
+
+def as_program(main: Callable[[], None]) -> None:
+    """As `paddock` runs its commands: what cannot be had is one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -56,26 +72,50 @@ def timed_batch(llm: LLM, jobs: Sequence[Job], draw: random.Random) -> float:
     return seconds
 
 
+def check_seats(llm: LLM, count: int, job: Job) -> None:
+    """Raises ValueError where so many of `job` do not run all together: steps of fewer would be measured."""
+    replicas = [replica.engine.scheduler for replica in llm.engine.replicas]
+    seats = len(replicas) * min(one.seats(job.input_len + job.output_len) for one in replicas)
+    if count > seats:
+        raise ValueError(
+            f"{count} sequences of {job.input_len + job.output_len} tokens do not run all together: the KV cache and "
+            f"max_num_seqs have room for {seats}"
+        )
+
+
 def step_bytes(llm: LLM, batch: int, context: int) -> int:
-    """Bytes that a decode step must read: every matrix once, and the keys and values of `context` tokens a sequence.
+    """Bytes that a device must read while each sequence of a batch gets a token, after `context` others."""
+    return weight_bytes(llm, batch) + cache_bytes(llm, batch * context)
+
+
+def weight_bytes(llm: LLM, batch: int) -> int:
+    """Every matrix that a device holds, once for each group in its pipeline.
 
     Of the embedding a step reads `batch` rows, unless it is the head as well.
     """
     executor = llm.engine.replicas[0].executor
-    config = executor.plan.config
     skipped = {"embed"} if "head" in executor.params else set()
-    weights = sum(value.nbytes for name, value in executor.params.items() if name not in skipped)
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return weights + batch * context * per_token * executor.params["embed"].dtype.itemsize
+    read = [value for name, value in executor.params.items() if name not in skipped]
+    groups = min(executor.plan.stages.count, -(-batch // len(llm.engine.replicas)))
+    return groups * sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in read)
+
+
+def cache_bytes(llm: LLM, tokens: int) -> int:
+    """A device's share of the keys and values of `tokens`, which lie spread over the replicas and their partitions."""
+    plan = llm.engine.replicas[0].executor.plan
+    page = page_bytes(plan.dims, plan.layout, plan.page_size, plan.dtype)
+    return tokens * page // (plan.page_size * plan.num_partitions * len(llm.engine.replicas))
 
 
 def prefill_flops(llm: LLM, tokens: int) -> float:
-    """Operations of one prompt with one token out: matrices over all tokens, causal attention, the head for one row."""
+    """Operations of each device of a replica for one prompt with one token out: matrices over all tokens, causal
+    attention, the head for one row."""
     executor = llm.engine.replicas[0].executor
     config = executor.plan.config
     layers = sum(value.size for name, value in executor.params.items() if name.startswith("layers.") and value.ndim > 1)
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * tokens * tokens
-    return 2.0 * layers * tokens + attention + 2 * config.vocab_size * config.embed_dim
+    whole = 2.0 * layers * tokens + attention + 2 * config.vocab_size * config.embed_dim
+    return whole / executor.plan.layout.mesh.size
 
 
 def copy_bandwidth() -> float:

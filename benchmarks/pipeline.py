@@ -5,7 +5,6 @@
 
 Groups are of the same size in both runs (Llama Team 2024, figure 24, compares micro-batches so). A token of a group
 takes as many ticks as there are stages either way; with one group all stages but one have nothing to do meanwhile. The
-prompts of a group must fit into one step (max_num_batched_tokens, 64 of them), or they are in flight in several. The
 last line is JSON.
 """
 
@@ -14,7 +13,7 @@ from __future__ import annotations
 import random
 import statistics
 
-from offline import make_parser, open_llm, report, timed_batch
+from offline import as_program, check_seats, make_parser, open_llm, report, timed_batch
 
 from paddock.serving import LLM
 from paddock.serving.bench_workload import Job
@@ -45,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         stages = llm.engine.replicas[0].executor.plan.stages.count
         if stages < 2:
             parser.error(f"the mesh {args.mesh or 'of one device'} has no pipeline stages")
+        if len(llm.engine.replicas) > 1:
+            parser.error("replicas would share out the sequences of a group: the mesh may have no axis data")
+        check_seats(llm, stages * max(args.groups_of), job)
         for size in args.groups_of:
             one, all_ = (tokens_per_second(llm, count, job, size, args.reps, draw) for count in (1, stages))
             rows.append({"group": size, "one_group_tok_s": one, "a_group_a_stage_tok_s": all_, "ratio": all_ / one})
@@ -53,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 
-from offline import make_parser, open_llm, prefill_flops, product_rate, report, timed_batch
+from offline import as_program, make_parser, open_llm, prefill_flops, product_rate, report, timed_batch
 
 from paddock.serving.bench_workload import PRESETS, Job
 
@@ -42,4 +42,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -15,7 +15,7 @@ import random
 import statistics
 from typing import Any
 
-from offline import Row, copy_bandwidth, make_parser, open_llm, report, step_bytes, timed_batch
+from offline import Row, as_program, check_seats, copy_bandwidth, make_parser, open_llm, report, step_bytes, timed_batch
 
 from paddock.serving import LLM
 from paddock.serving.bench_workload import PRESETS, Workload
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     draw = random.Random(0)
     with open_llm(args) as llm:
         head: dict[str, Any] = {"benchmark": "step", "model": llm.engine.model_name}
+        for case in cases:
+            check_seats(llm, case.num_prompts, case.jobs(seed=0)[0])
         rows = [measure(llm, case, args.reps, draw) for case in cases]
     bandwidth = copy_bandwidth()
     for row in rows:
@@ -71,4 +73,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

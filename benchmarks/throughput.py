@@ -4,8 +4,8 @@
     python benchmarks/throughput.py --model "" --load-format auto --max-model-len 512 --num-prompts 8 --input-len 8:32
 
 The floor assumes that every decode step is as full as it can be, reads all matrices and its own cache once, at the
-copy bandwidth, and that every prompt runs at the rate of a large product, both measured in the same run. The last line
-is JSON.
+copy bandwidth, and that every prompt runs at the rate of a large product, both of one device and measured in the same
+run; each device has its share of either, and communication takes no time. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from __future__ import annotations
 import random
 import statistics
 
-from offline import copy_bandwidth, make_parser, open_llm, prefill_flops, product_rate, report, step_bytes, timed_batch
+from offline import (
+    as_program,
+    cache_bytes,
+    copy_bandwidth,
+    make_parser,
+    open_llm,
+    prefill_flops,
+    product_rate,
+    report,
+    timed_batch,
+    weight_bytes,
+)
 
 from paddock.serving.bench_workload import PRESETS, Job, Workload, parse_lengths
 
@@ -32,13 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     with open_llm(args) as llm:
         timed_batch(llm, [Job(job.input_len, min(job.output_len, 4)) for job in jobs[:64]], draw)
         seconds = statistics.median(timed_batch(llm, jobs, draw) for _ in range(args.reps))
-        seats = llm.engine.replicas[0].executor.plan.num_slots
+        replicas = len(llm.engine.replicas)
+        seats = min(llm.engine.replicas[0].executor.plan.num_slots * replicas, len(jobs))
         head = {"benchmark": "throughput", "model": llm.engine.model_name}
-        weights = step_bytes(llm, 0, 0)
-        cached = sum(step_bytes(llm, job.output_len, job.input_len + job.output_len // 2) - weights for job in jobs)
-        flops = sum(prefill_flops(llm, job.input_len) for job in jobs)
+        weights = weight_bytes(llm, seats)
+        cached = cache_bytes(llm, sum(job.output_len * (job.input_len + job.output_len // 2) for job in jobs))
+        flops = sum(prefill_flops(llm, job.input_len) for job in jobs) / replicas
     inputs, outputs = sum(job.input_len for job in jobs), sum(job.output_len for job in jobs)
-    steps = max(-(-outputs // min(seats, len(jobs))), max(job.output_len for job in jobs))
+    steps = max(-(-outputs // seats), max(job.output_len for job in jobs))
     bandwidth, rate = copy_bandwidth(), product_rate()
     floor = (steps * weights + cached) / bandwidth + flops / rate
     row = {
@@ -56,4 +68,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -8,10 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
+
+from paddock.serving.bench_workload import Job
+from paddock.serving.page_pool import PagePool
+from paddock.serving.scheduler import Scheduler
 
 SMALL = ["--model", "", "--load-format", "auto", "--max-model-len", "128", "--max-num-seqs", "2", "--reps", "1"]
 TOKENS = ["--max-num-batched-tokens", "32"]
@@ -30,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_step(run: Any) -> None:
-    result = run("step", "--batch-sizes", "1", "2", "--input-len", "8", "--output-len", "64")
+    result = run("step", "--mesh", "tensor=2", "--batch-sizes", "1", "2", "--input-len", "8", "--output-len", "64")
     assert result["benchmark"] == "step"
     assert "cpu" in result["device"]
     assert [row["B"] for row in result["rows"]] == [1, 2]
@@ -38,6 +43,34 @@ def test_step(run: Any) -> None:
         assert row["step_ms"] > 0
         assert row["decode_tok_s"] == pytest.approx(row["B"] / row["step_ms"] * 1e3)
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"])
+        # Half of the 20 MiB of float32 weights, and of 6 KiB a token in the cache: norms are whole on each device.
+        read = row["floor_ms"] * result["copy_gb_s"] * 1e6
+        assert read == pytest.approx(10 * 2**20 + row["B"] * (8 + 64 // 2) * 3 * 2**10, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reps", "0"], "--reps must be at least 1, got 0"),
+        (["--mesh", "tensor=3"], "q_heads of size 8 (kv_heads 4) does not divide over 3 shards"),
+    ],
+)
+def test_bad_flags_are_one_line(run: Any, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    step = importlib.import_module("step")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("offline").as_program(lambda: step.main([*SMALL, *flags]))
+    assert ended.value.code == 2
+    assert f": {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_batch_must_run_all_together(run: Any) -> None:
+    scheduler = Scheduler([PagePool(8, 4)], max_num_seqs=4, max_num_batched_tokens=16, max_chunks=4)
+    replica = SimpleNamespace(engine=SimpleNamespace(scheduler=scheduler))
+    llm = SimpleNamespace(engine=SimpleNamespace(replicas=[replica, replica]))
+    check_seats = importlib.import_module("offline").check_seats
+    check_seats(llm, 4, Job(8, 4))
+    with pytest.raises(ValueError, match=r"^5 sequences of 12 tokens do not run all together: .* room for 4$"):
+        check_seats(llm, 5, Job(8, 4))
 
 
 def test_throughput(run: Any) -> None:
