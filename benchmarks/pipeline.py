@@ -4,8 +4,8 @@
     python benchmarks/pipeline.py --mesh pipe=2 --model "" --load-format auto --max-model-len 512 --groups-of 1 2
 
 Groups are of the same size in both runs (Llama Team 2024, figure 24, compares micro-batches so). A token of a group
-takes as many ticks as there are stages either way; with one group all stages but one have nothing to do meanwhile. The
-last line is JSON.
+takes as many ticks as there are stages either way; with one group all stages but one have nothing to do meanwhile.
+The last line is JSON.
 """
 
 from __future__ import annotations
