@@ -13,7 +13,9 @@ TOGETHER = 2**25  # bytes of x that tiles share while they are multiplied: they 
 SMEM = 231_000  # bytes that a thread block may use, less its barriers and their alignment
 # Measured on an H100, in microseconds: bytes of HBM, of HBM through one multiprocessor, of L2 into one
 # multiprocessor; float operations of one multiprocessor; bytes of parts written and read again.
-HBM, HBM_EACH, INGEST, FLOPS, WRITE, READ = 3.08e6, 4.0e4, 1.2e5, 5.6e6, 1.6e6, 6.0e6
+HBM, HBM_EACH, INGEST, FLOPS, WRITE, READ = 3.08e6, 4.5e4, 1.2e5, 5.6e6, 1.6e6, 6.0e6
+# Of HBM through one while others still end the kernel before, or begin the one after.
+HBM_AMONG_OTHERS = 4.0e4
 # From a load's start to its data; beginning and ending a tile; a kernel more.
 LATENCY, TILE, KERNEL = 1.05, 3.0, 1.0
 
@@ -79,7 +81,7 @@ def microseconds(tiling: Tiling, m: int, k: int, n: int, *, summed: bool = False
         compute = 2 * tiling.rows * columns * DEPTH / FLOPS
         busiest += waves * steps * max(compute, loaded / INGEST, LATENCY / (tiling.stages - 2))
         total += waves * TILE
-    total += max(2 * k * n / min(HBM, min(most, SMS) * HBM_EACH), busiest)
+    total += max(2 * k * n / min(HBM, min(most, SMS) * (HBM_AMONG_OTHERS if summed else HBM_EACH)), busiest)
     if tiling.split > 1:
         parts = 4 * tiling.split * padded(m) * n
         total += parts / WRITE + parts / READ + (0 if summed else KERNEL)

@@ -68,7 +68,9 @@ def _submit(
     except BaseException as error:
         connection.abort()
         if isinstance(error, ValueError):
-            raise bad_value(error, {*SAMPLING_FIELDS, "prompt", "prompt_token_ids"}) from None
+            refused = bad_value(error, {*SAMPLING_FIELDS, "prompt", "prompt_token_ids"})
+            refused.param = builder.name_of(refused.param)
+            raise refused from None
         raise
 
 

@@ -111,11 +111,13 @@ class ChatBody(GenerationBody):
                 max_tokens=given.pop() if given else None,
             )
         except ApiError as error:
-            # SamplingParams calls both fields by other names than this body does.
-            renamed = {"logprobs": "top_logprobs", "max_tokens": "max_completion_tokens"}
-            if error.param in renamed and getattr(self, renamed[error.param]) is not None:
-                error.param = renamed[error.param]
+            error.param = self.name_of(error.param)
             raise
+
+    def name_of(self, argument: str | None) -> str | None:
+        renamed = {"logprobs": "top_logprobs", "max_tokens": "max_completion_tokens", "prompt": "messages"}
+        name = renamed.get(argument or "")
+        return name if name is not None and getattr(self, name) is not None else argument
 
 
 class TokenizeBody(Body):

@@ -92,10 +92,12 @@ class Delivery:
             if not stream.sequences:
                 self.join(stream, engine.add(stream.prompt_token_ids, stream.params))
         self._members.settle()
-        for seq, member in list(self._members.items()):
-            engine.abort([seq])
+        members = list(self._members.items())
+        for seq, member in members:
             member.stream.put(member.event(seq, finish_reason=None if error else "abort", error=error))
             self._forget(seq, reason)
+        # When all have been told: an engine that died in the middle of a step may not be able to.
+        engine.abort(seq for seq, _ in members)
 
     def _fail(self, seq: Sequence, error: str) -> None:
         """End the request whose step raised."""

@@ -16,7 +16,7 @@ class Detokenizer:
     A character split over tokens appears with its last byte; U+FFFD stands only for bytes that are invalid whatever
     follows. All pieces joined are `decode(prompt + output)` less its first `len(decode(prompt))` characters: the output
     continues the prompt, so a SentencePiece output "▁world" reads " world" after a prompt with text and "world" after
-    none. A character that the prompt's last tokens began and the output completes belongs to the output.
+    none. A character that the prompt's last tokens began belongs to the output, which completes it or has its U+FFFD.
     """
 
     def __init__(

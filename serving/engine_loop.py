@@ -111,6 +111,8 @@ class EngineLoop:
                 raise EngineDead(self._dead)
             if not self._accepting:
                 raise EngineBusy("the engine is shutting down")
+            if not self._delivery.num_unfinished:
+                self._beat = time.monotonic()  # it rested
             self._delivery.expect(streams)
             self._inbox.admit(streams)
 

@@ -92,7 +92,10 @@ class LLM:
             finally:
                 stream.abort()
 
-        return outputs()
+        generator = outputs()
+        # One that is never begun has nothing to leave.
+        weakref.finalize(generator, stream.abort).atexit = False
+        return generator
 
     def close(self) -> None:
         """Stop, and give the device memory back. Harmless the second time."""

@@ -22,7 +22,7 @@ from .step_products import COMPILER, is_chained, products_of
 
 Params = dict[str, jax.Array]
 LAYERS = "layers."
-# Of a chain from which on attention asks for what comes next: 0.8% of 8 rows' step, and 0.5% lost at 2 (H100).
+# Of a chain from which on attention asks for what comes next (docs/numbers.md: fewer lose by it).
 PREFETCHED_ROWS = 8
 
 

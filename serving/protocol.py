@@ -100,6 +100,10 @@ class GenerationBody(Body):
     request_id: str | None = pydantic.Field(default=None, min_length=1, max_length=256)
     return_token_ids: bool | None = None
 
+    def name_of(self, argument: str | None) -> str | None:
+        """What this body calls an argument of the engine."""
+        return argument
+
     @pydantic.field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: Any) -> Any:

@@ -143,13 +143,14 @@ class RequestStream:
         for place, token in enumerate(event.token_ids, 1):
             is_stop = event.finish_reason == "stop" and place == len(event.token_ids)
             self._add_token(output, token, event.logprobs, is_stop=is_stop)
+        if event.finish_reason is not None and output.detokenizer is not None:
+            self._add_text(output, output.detokenizer.finish())
         if output.stop.matched is not None:
             value.finish_reason, value.stop_reason = "stop", output.stop.matched
             output.done = True
             self._abort(self, [value.index], "stop")
         elif event.finish_reason is not None:
-            if output.detokenizer is not None:
-                value.text += output.stop.add(output.detokenizer.finish()) + output.stop.finish()
+            value.text += output.stop.finish()
             value.finish_reason, value.stop_reason = event.finish_reason, event.stop_reason
             output.done = True
 
@@ -165,8 +166,10 @@ class RequestStream:
         if output.detokenizer is None or (is_stop and not self.params.include_stop_str_in_output):
             return
         known = self._tokenizer is not None and token < self._tokenizer.vocab_size
-        text = output.detokenizer.add([token] if known else [])
-        value.text += output.stop.add(text, check=output.num_tokens > self.params.min_tokens)
+        self._add_text(output, output.detokenizer.add([token] if known else []))
+
+    def _add_text(self, output: _Output, text: str) -> None:
+        output.value.text += output.stop.add(text, check=output.num_tokens > self.params.min_tokens)
 
     def _with_text(self, candidates: TokenLogprobs) -> TokenLogprobs:
         tokenizer = self._tokenizer

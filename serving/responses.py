@@ -34,7 +34,7 @@ class ResponseBuilder:
         self.engine, self.params = engine, params
         self.token_ids_wanted = bool(body.return_token_ids)
         self.prompt_logprobs_wanted = body.prompt_logprobs is not None
-        self.include_usage = body.include_usage
+        self.include_usage, self.name_of = body.include_usage, body.name_of
         self.id = f"{self.id_prefix}-{body.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
         self._prompt_tokens: dict[int, int] = {}
@@ -106,9 +106,14 @@ class ResponseBuilder:
     def _token_text(self, token: int, entry: Logprob | None = None) -> str:
         if entry is not None and entry.decoded_token is not None:
             return entry.decoded_token
-        if self.engine.tokenizer is None:
-            return f"token_id:{token}"
-        return self.engine.tokenizer.id_to_bytes(token).decode("utf-8", "replace")
+        raw = self._bytes_of(token)
+        return f"token_id:{token}" if raw is None else raw.decode("utf-8", "replace")
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        """b"" where the model's vocabulary is padded beyond its tokenizer's, None without one."""
+        if (tokenizer := self.engine.tokenizer) is None:
+            return None
+        return tokenizer.id_to_bytes(token) if token < tokenizer.vocab_size else b""
 
 
 class CompletionBuilder(ResponseBuilder):
@@ -126,7 +131,8 @@ class CompletionBuilder(ResponseBuilder):
         if self.body.only_scores:
             # The one token that the engine needed is not part of the answer.
             completion.text, completion.token_ids, completion.logprobs = "", [], []
-            completion.finish_reason, completion.stop_reason = "length", None
+            if completion.finish_reason != "abort":
+                completion.finish_reason, completion.stop_reason = "length", None
         text = (self._prompt_text(output) if echoes else "") + completion.text
         logprobs = None
         if self.body.logprobs is not None:
@@ -145,7 +151,9 @@ class CompletionBuilder(ResponseBuilder):
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
             return output.prompt
-        return "" if self.engine.tokenizer is None else self.engine.tokenizer.decode(output.prompt_token_ids)
+        if (tokenizer := self.engine.tokenizer) is None:
+            return ""
+        return tokenizer.decode([token for token in output.prompt_token_ids if token < tokenizer.vocab_size])
 
     def _legacy_logprobs(
         self, index: int, tokens: list[int], entries: list[TokenLogprobs | None], num_prompt: int
@@ -198,6 +206,6 @@ class ChatBuilder(ResponseBuilder):
         return {**self._candidate(token, entry[token]), "top_logprobs": top}
 
     def _candidate(self, token: int, entry: Logprob) -> Json:
-        raw = None if self.engine.tokenizer is None else list(self.engine.tokenizer.id_to_bytes(token))
-        text = self._token_text(token, entry)
-        return {"token": text, "logprob": max(entry.logprob, LEAST_LOGPROB), "bytes": raw}
+        raw, text = self._bytes_of(token), self._token_text(token, entry)
+        logprob = max(entry.logprob, LEAST_LOGPROB)
+        return {"token": text, "logprob": logprob, "bytes": None if raw is None else list(raw)}

@@ -127,7 +127,8 @@ def _add_status_routes(app: flask.Flask, engine: Front, admission: Admission) ->
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> dict[str, Any]:
-        _check_model(engine, name)
+        # Of a path that begins with a slash, a folder's, URLs lose that.
+        _check_model(engine, engine.model_name if name == engine.model_name.lstrip("/") else name)
         return card()
 
     @app.get("/health")

@@ -36,8 +36,9 @@ class StepOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What every executable of an engine has in common. `max_decodes` is the most decoding rows of a step.
+    """What every executable of an engine has in common; `plan_steps` makes it.
 
+    `max_decodes` is the most decoding rows of a step.
     `add_norm`, `all_reduce`, `products`: see `step_products`.
     `deterministic`: decoding rows attend as chunks of one token do, since a preempted sequence's tokens come back so.
     """

@@ -196,6 +196,7 @@ def test_the_choice_is_what_measured_best() -> None:
     # H100, the 8B shape: see docs/numbers.md.
     assert choose_tiling(8, 14336, 4096).split == 2  # 64 tiles alone do not draw all of the memory's bandwidth
     assert choose_tiling(64, 4096, 4096).split == 1  # but parts would cost more than that here
+    assert choose_tiling(64, 4096, 4096, summed=True).split == 2  # unless the kernel that follows adds them anyway
     assert choose_tiling(8, 4096, 28672, swiglu=True).columns == 256  # one wave of tiles
     assert choose_tiling(256, 14336, 4096) == Tiling(128, 64, 1, 8, pair=True)  # parts of 256 rows are 4 MB each
     assert choose_tiling(256, 4096, 28672, swiglu=True).stages == 4  # three do not cover a load's latency

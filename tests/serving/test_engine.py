@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -310,6 +311,21 @@ def test_metrics_tell_what_happened(llm: LLM) -> None:
     llm.engine.replicas[0]._inbox.put(lambda _: compile_something())
     llm.generate(prompts_of([7], llm.engine.vocab_size), greedy(5), use_tqdm=False)
     assert value("paddock:step_compilations_total") > compilations
+
+
+def test_an_engine_that_has_rested_does_not_hang(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a request's arrival and its first step, however long there was nothing to do."""
+    loop = llm.engine.replicas[0]
+    admit, health = loop._inbox.admit, []
+
+    def watched(streams: Any) -> None:
+        health.append(loop.health())
+        admit(streams)
+
+    monkeypatch.setattr(loop._inbox, "admit", watched)
+    monkeypatch.setattr(loop, "_beat", time.monotonic() - 1000)
+    llm.generate(prompts_of([7], llm.engine.vocab_size), greedy(2), use_tqdm=False)
+    assert health == [None]
 
 
 def test_the_times_between_tokens_add_up(llm: LLM) -> None:

@@ -91,6 +91,14 @@ def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
     assert_nothing_leaked(llm)
 
 
+def test_a_stream_that_nobody_begins_is_ended_when_it_is_dropped(llm: LLM) -> None:
+    stream = llm.stream(ROMEO, SamplingParams(max_tokens=200, ignore_eos=True))
+    del stream
+    llm.generate("x", GREEDY, use_tqdm=False)
+    assert llm.engine.load() == {"running": 0, "waiting": 0}
+    assert_nothing_leaked(llm)
+
+
 def test_stop_strings_cut_the_text_and_end_the_request(llm: LLM) -> None:
     text = llm.generate(ROMEO, GREEDY, use_tqdm=False)[0].outputs[0].text
     stop = text[9:13]

@@ -227,11 +227,13 @@ def test_chat_stream_names_the_role_once_for_each_choice(client):
 # --- the other routes ---
 
 
-def test_models(client):
+def test_models(client, engine):
     (card,) = client.get("/v1/models").json["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("demo", "model", 256)
     assert client.get("/v1/models/demo").json == card
     assert error_of(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
+    engine.model_name = "/data/llama"
+    assert client.get("/v1/models/%2Fdata%2Fllama", follow_redirects=True).json["id"] == "/data/llama"
 
 
 def test_tokenize_and_detokenize(client):
@@ -541,3 +543,16 @@ def test_requests_beyond_the_limit_and_while_draining_are_refused(engine):
     response = client.post("/v1/completions", json={"prompt": "a"})
     assert "shutting down" in error_of(response, 503)["message"]
     assert error_of(client.get("/health"), 503)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 500}]}, "messages"),
+    ],
+)
+def test_what_the_engine_refuses_of_a_chat_is_named_as_its_body_does(client: Any, body: dict, param: str) -> None:
+    asked = {"messages": [{"role": "user", "content": "hi"}], **body}
+    assert error_of(client.post("/v1/chat/completions", json=asked), 400)["param"] == param
