@@ -34,20 +34,18 @@ def run(args: argparse.Namespace) -> int:
         return 0
     processes = Processes.of(config)
     if processes is not None and processes.index:
-        with _exits_at_once(failures=True):
+        with _ends_at_signals(), _fails_at_once():
             _follow(config)
         return 0
     from . import wsgi
 
     sock = wsgi.bind(args.host, args.port)
-    # Until the server listens there is nothing to finish: a signal simply ends the program.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    with sock:
+    with sock, _ends_at_signals():  # until the server listens, and has something to finish
         from . import cli_engine
         from .server import create_app
 
         print(f"Paddock loads {config.model or 'the bundled model'} and compiles its steps", flush=True)
-        with _exits_at_once(failures=processes is not None):
+        with _fails_at_once() if processes is not None else contextlib.nullcontext():
             engine = cli_engine.start_engine(config)
         app = create_app(
             engine,
@@ -77,18 +75,24 @@ def _follow(config: EngineConfig) -> None:
 
 
 @contextlib.contextmanager
-def _exits_at_once(*, failures: bool) -> Iterator[None]:
-    """A signal ends the program without waiting for steps that are being compiled; with `failures` an error
-    does too, as `cli.main` would end it, but without waiting for other processes."""
+def _ends_at_signals() -> Iterator[None]:
+    """A signal ends the program in its handler. Raised from there as an exception it would be lost where Python
+    ignores those, in a destructor or a weak reference's callback, and could leave a lock held that others wait for."""
+    codes = {signal.SIGTERM: 0, signal.SIGINT: 130}
+    before = {number: signal.signal(number, lambda number, frame: os._exit(codes[number])) for number in codes}
     try:
         yield
-    except KeyboardInterrupt:
-        _exit_at_once(130)
-    except SystemExit as error:
-        _exit_at_once(int(error.code or 0))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _fails_at_once() -> Iterator[None]:
+    """An error ends the program as `cli.main` would, but without waiting for other processes."""
+    try:
+        yield
     except Exception as error:
-        if not failures:
-            raise
         print(f"paddock: {error}", file=sys.stderr)
         _exit_at_once(2 if isinstance(error, ValueError | OSError) else 1)
 

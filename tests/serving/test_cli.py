@@ -269,10 +269,33 @@ def test_serve_ends_with_a_device_that_hangs():
         wsgi._url_host = lambda host: os.kill(os.getpid(), signal.SIGTERM) or url_host(host)
         main(["serve", "--port", "0"])
     """
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environ)
+    done = run_python(code)
     assert done.returncode == 1, done.stderr
     assert "a step hangs" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_start_wherever_it_is(number: signal.Signals, code: int):
+    """In a destructor, where an exception would be lost."""
+    done = run_python(f"""if True:
+        import os, time
+        from paddock.serving import cli_engine
+        from paddock.serving.cli import main
+        class Temporary:
+            def __del__(self):
+                os.kill(os.getpid(), {number:d})
+        def start_engine(config):
+            Temporary()
+            time.sleep(60)
+        cli_engine.start_engine = start_engine
+        main(["serve", "--port", "0"])
+    """)
+    assert done.returncode == code, done.stderr
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environ)
 
 
 def wait_for_status(port: int, headers: dict[str, str]) -> int:
