@@ -1,6 +1,8 @@
 """What a Llama computes."""
 
+from .activations import Normed
 from .config import LlamaConfig, RopeConfig
+from .deferring_products import DeferringProducts
 from .llama import LayerStack, Llama, forward
 from .normed_products import NormedProducts
 from .params import Dims, param_specs
@@ -9,10 +11,12 @@ from .reduction import Reduction, reduction_axes
 from .stages import Stages, placements, slot_specs, stack_stages
 
 __all__ = [
+    "DeferringProducts",
     "Dims",
     "LayerStack",
     "Llama",
     "LlamaConfig",
+    "Normed",
     "NormedProducts",
     "Products",
     "Reduction",

@@ -6,7 +6,11 @@ import dataclasses
 
 import jax
 
+from paddock.pallas_kernels import ScaledRows
 from paddock.sharding import Layout
+
+# Rows [T, D] behind a norm, or those whose division by their root mean square is left to who multiplies them.
+Normed = jax.Array | ScaledRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +28,10 @@ class Activations:
         """The residual stream [T, D], or what a block adds to it."""
         return self.layout.constrain(x, ("tokens", "embed"))
 
-    def entering(self, x: jax.Array, inner: str) -> jax.Array:
+    def entering(self, x: Normed, inner: str) -> Normed:
         """The normed rows [T, D] that a block over logical axis `inner` takes."""
+        if isinstance(x, ScaledRows):  # where no row is split, nor any layer
+            return x
         return self._rows(x, inner, ("embed",))
 
     def inside(self, x: jax.Array, inner: str, *others: str | None) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from paddock.pallas_kernels import split_rotated
 from paddock.sharding import Layout
 
-from .activations import Activations
+from .activations import Activations, Normed
 from .config import LlamaConfig
 from .products import Products
 from .rope import cos_sin
@@ -57,9 +57,9 @@ class Attention(nnx.Module):
         self.out_bias = nnx.Param(params["out_bias"]) if config.attention_bias else None
 
     def __call__(
-        self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Callable[..., jax.Array], products: Products
+        self, x: Normed, cos: Array, sin: Array, attend: Callable[..., jax.Array], products: Products
     ) -> Float[Array, "T E"]:
-        """The heads' rows, E = K*G*h, that `leaving` is still to bring back to the residual stream."""
+        """The heads' rows of x [T, D], E = K*G*h, that `leaving` is still to bring back to the residual stream."""
         with jax.named_scope("qkv"):
             qkv = products.project(self.placed.entering(x, "q_heads"), self.qkv[...])
             if self.qkv_bias is not None:
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
             qkv = self.placed.inside(qkv, "q_heads", None, "head_dim")
         mixed = attend(qkv, cos, sin)
         mixed = self.placed.inside(mixed, "q_heads", None, "head_dim")
-        return mixed.reshape(x.shape[0], -1)
+        return mixed.reshape(mixed.shape[0], -1)
 
     @property
     def leaving(self) -> tuple[jax.Array, jax.Array | None]:
@@ -88,8 +88,8 @@ class Mlp(nnx.Module):
         self.gate_up_bias = nnx.Param(params["gate_up_bias"]) if config.mlp_bias else None
         self.down_bias = nnx.Param(params["down_bias"]) if config.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "T D"], products: Products) -> Float[Array, "T F"]:
-        """The hidden rows, that `leaving` is still to bring back to the residual stream."""
+    def __call__(self, x: Normed, products: Products) -> Float[Array, "T F"]:
+        """The hidden rows of x [T, D], that `leaving` is still to bring back to the residual stream."""
         bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
         with jax.named_scope("gate_up"):
             hidden = products.swiglu(self.placed.entering(x, "mlp"), self.gate_up[...], bias)
@@ -133,7 +133,7 @@ class LayerStack(nnx.Module):
         """
         cos, sin = cos_sin(self.config.rope, self.config.head_dim, positions, length=rope_length)
         x = self.placed.residual(x)
-        normed: jax.Array | None = None  # of x, where what came before made it too
+        normed: Normed | None = None  # of x, where what came before made it too
         for index, layer in enumerate(self.layers):
             following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else None
             has_mlp = last_mlp or following is not None
@@ -154,8 +154,8 @@ class LayerStack(nnx.Module):
             return self._mlp(self.layers[-1], self.placed.residual(x), None, None)[0]
 
     def _mlp(
-        self, layer: Layer, x: jax.Array, normed: jax.Array | None, norm: RMSNorm | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, layer: Layer, x: jax.Array, normed: Normed | None, norm: RMSNorm | None
+    ) -> tuple[jax.Array, Normed | None]:
         with jax.named_scope("mlp"):
             normed = layer.mlp_norm(x) if normed is None else normed
             hidden = layer.mlp(normed, self.products)
@@ -164,7 +164,7 @@ class LayerStack(nnx.Module):
 
     def _leave(
         self, x: jax.Array, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, norm: RMSNorm | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Normed | None]:
         then = None if norm is None else (norm.scale[...], norm.eps)
         return self.products.leave(self.placed, x, hidden, weight, bias, then)
 

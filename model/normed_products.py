@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from .activations import Activations
+from .activations import Activations, Normed
 from .products import Norm, Products
 
 
@@ -27,7 +27,7 @@ class NormedProducts(Products):
         weight: jax.Array,
         bias: jax.Array | None,
         norm: Norm | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Normed | None]:
         if norm is None or bias is not None:
             return super().leave(placed, x, hidden, weight, bias, norm)
         scale, eps = norm

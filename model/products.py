@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from .activations import Activations
+from .activations import Activations, Normed
 
 # The scale [D] and epsilon of the norm that follows.
 Norm = tuple[jax.Array, float]
@@ -34,23 +35,24 @@ class Products:
     than wide.
     """
 
-    multiply: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    multiply: Callable[[Any, jax.Array], jax.Array] | None = None
     multiply_parts: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    fused_swiglu: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    fused_swiglu: Callable[[Any, jax.Array], jax.Array] | None = None
     fused_rows: tuple[range, ...] = ()
     added: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     added_rows: range = range(0)
 
-    def project(self, x: Float[Array, "T D"], weight: jax.Array) -> jax.Array:
+    def project(self, x: Normed, weight: jax.Array) -> jax.Array:
         """See `project`."""
-        return (self.multiply or project)(x, weight)
+        multiply: Callable[[Any, jax.Array], jax.Array] = self.multiply or project
+        return multiply(x, weight)
 
     def parts(self, hidden: Float[Array, "T E"], weight: Float[Array, "E D"]) -> Float[Array, "S R D"]:
         """Their product, in S parts to be added up, of R rows, the first T of which count."""
         return (hidden @ weight)[None] if self.multiply_parts is None else self.multiply_parts(hidden, weight)
 
     def swiglu(
-        self, x: Float[Array, "T D"], gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None
+        self, x: Normed, gate_up: Float[Array, "D F 2"], bias: Float[Array, "F 2"] | None
     ) -> Float[Array, "T F"]:
         """SwiGLU's hidden rows (Shazeer 2020)."""
         if self.fused_swiglu is not None and bias is None and any(x.shape[0] in rows for rows in self.fused_rows):
@@ -68,7 +70,7 @@ class Products:
         weight: Float[Array, "E D"],
         bias: Float[Array, " D"] | None,
         norm: Norm | None,
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None]:
+    ) -> tuple[Float[Array, "T D"], Normed | None]:
         """From a block back to the residual stream `x`: that, and the next block's norm of it where that comes with it.
 
         `norm` is None after the last layer.

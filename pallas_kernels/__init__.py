@@ -9,10 +9,12 @@ from .attention_tables import DECODE_APPEND, DECODE_ATTENTION, PREFILL_ATTENTION
 from .compat import mosaic_mode
 from .decode_mosaic import check_mosaic
 from .mailbox import MailboxShape
+from .matmul_add_mosaic import check_matmul_add_mosaic
 from .matmul_mosaic import check_matmul_mosaic
-from .matmul_tables import ADD_NORM, MATMUL, MATMUL_PARTS
+from .matmul_tables import ADD_NORM, MATMUL, MATMUL_ADD, MATMUL_PARTS
 from .prefill_mosaic import check_prefill_mosaic
 from .rotation import apply_rope, split_rotated
+from .scaled_rows import ScaledRows
 
 __all__ = [
     "ADD_NORM",
@@ -21,13 +23,16 @@ __all__ = [
     "DECODE_APPEND",
     "DECODE_ATTENTION",
     "MATMUL",
+    "MATMUL_ADD",
     "MATMUL_PARTS",
     "PREFILL_ATTENTION",
     "ROTATE_APPEND",
     "MailboxShape",
+    "ScaledRows",
     "apply_rope",
     "check_add_norm_mosaic",
     "check_all_reduce_mosaic",
+    "check_matmul_add_mosaic",
     "check_matmul_mosaic",
     "check_mosaic",
     "check_prefill_mosaic",

@@ -9,7 +9,6 @@ multiprocessors, its rows are split as well, and what comes next adds the parts 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +17,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .compat import bound, mosaic_mode
+from .compat import bound
+from .matmul_endings import Stored
 from .matmul_kernel import walk
+from .matmul_launch import launch, rings, tile, together
 from .matmul_reference import check_matmul, finish
-from .matmul_tiling import DEPTH, ROWS, SMS, Tiling, check_tiling, choose_tiling, padded
+from .matmul_tiling import ROWS, Tiling, check_tiling, choose_tiling, padded, square_rows
+from .scaled_rows import ScaledRows, multiplied
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -36,7 +38,7 @@ def check_matmul_mosaic(dtype: Any, m: int, k: int, n: int) -> None:
 # Traced once, not once a layer.
 @functools.partial(jax.jit, static_argnames=("epilogue", "w_constant", "tiling", "interpret"))
 def matmul_mosaic(
-    x: Float[Array, "M _"],
+    x: Float[Array, "M _"] | ScaledRows,
     w: Float[Array, "_ N"],
     *,
     epilogue: str = "none",
@@ -55,7 +57,7 @@ def matmul_mosaic(
     options: dict[str, Any] = {"w_constant": w_constant, "tiling": tiling, "interpret": interpret}
     parts = _multiply(x, w, swiglu=epilogue == "swiglu", **options)[:, : x.shape[0]]
     if parts.shape[0] > 1:  # unfinished: XLA makes one kernel of the sum and what follows
-        return finish(parts.sum(0), epilogue, residual, x.dtype)
+        return finish(parts.sum(0), epilogue, residual, w.dtype)
     return parts[0] if residual is None else residual + parts[0]
 
 
@@ -74,7 +76,7 @@ def matmul_parts_mosaic(
 
 
 def _multiply(
-    x: Float[Array, "M _"],
+    x: Float[Array, "M _"] | ScaledRows,
     w: Float[Array, "_ N"],
     *,
     swiglu: bool = False,
@@ -86,11 +88,11 @@ def _multiply(
     """The product as S parts to be added up, float32 and without the epilogue if S > 1; rows past M are undefined.
     `summed`: see `choose_tiling`."""
     (num_rows, depth), num_columns = x.shape, w.shape[1]
-    check_matmul_mosaic(x.dtype, num_rows, depth, num_columns)
+    check_matmul_mosaic(w.dtype, num_rows, depth, num_columns)
     tiling = tiling or choose_tiling(num_rows, depth, num_columns, swiglu=swiglu, summed=summed)
     check_tiling(tiling, num_rows, depth, num_columns)
     swiglu = swiglu and tiling.split == 1
-    dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else x.dtype
+    dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else w.dtype
     rows = tiling.rows * tiling.blocks * tiling.row_tiles(num_rows)
     if tiling.rows == ROWS and not interpret:
         # A copy ends at the array's last row; the rows after it are zeros. (The interpreter wants all of them, and
@@ -98,37 +100,36 @@ def _multiply(
         rows = num_rows if num_rows < 8 else padded(num_rows)
     copied = min(tiling.rows, padded(rows))
     direct = tiling.split > 1 and rows % ROWS == 0
-    bands = tiling.bands(num_columns)
-    # The interpreter knows no memory that is used twice.
-    together: Callable[[Any], Any] = tuple if interpret else lambda refs: plgpu.RefUnion(*refs)
     sector = (8, 32) if direct else None
-    widths = [columns // (2 if swiglu else 1) for _, columns, _ in bands]
-    units = max(tiles for _, _, tiles in bands) * tiling.split * tiling.row_tiles(num_rows)
-    empty: dict[str, Any] = {"num_arrivals": tiling.warpgroups, "num_barriers": tiling.stages}
-    cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("half",)} if tiling.pair else {}
+    widths = [columns // (2 if swiglu else 1) for _, columns, _ in tiling.bands(num_columns)]
+    ending: dict[str, Any] = {"swiglu": swiglu, "copied": copied, "direct": direct, "interpret": interpret}
+    common = {"tiling": tiling, "early": w_constant, "copied": copied, "interpret": interpret}
+    body: Callable[..., None] = multiply
+    squares: tuple[jax.Array, ...] = ()
+    if isinstance(x, ScaledRows):
+        if tiling.row_tiles(num_rows) > 1 or x.squares.shape[0] < square_rows(num_rows) or x.squares.shape[1] % 8:
+            raise ValueError(f"matmul_mosaic takes ScaledRows of matmul_add_mosaic: got squares {x.squares.shape}")
+        body, squares, ending["eps"] = multiply_scaled, (x.squares,), x.eps
     return plgpu.kernel(
-        bound(walk, tiling=tiling, swiglu=swiglu, early=w_constant, copied=copied, direct=direct, interpret=interpret),
+        bound(body, ending=ending, **common),
         out_type=jax.ShapeDtypeStruct((tiling.split, rows, num_columns // (2 if swiglu else 1)), dtype),
         scratch_types=dict(
-            x_smem=_tile((tiling.stages, tiling.rows, DEPTH), x.dtype),
-            w_smem=together([_tile((tiling.stages, DEPTH, columns), x.dtype) for _, columns, _ in bands]),
-            out_smem=together([_tile((tiling.warpgroups, *(sector or (ROWS, width))), dtype) for width in widths]),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
-            empty=plgpu.ClusterBarrier(collective_axes=("half",), **empty) if tiling.pair else plgpu.Barrier(**empty),
-            stored=plgpu.Barrier(num_arrivals=tiling.warpgroups),
+            rings(tiling, num_columns, w.dtype, interpret),
+            out_smem=together(
+                [tile((tiling.warpgroups, *(sector or (ROWS, width))), dtype) for width in widths], interpret
+            ),
         ),
-        grid=(min(units, SMS // tiling.blocks),),
-        grid_names=("worker",),
-        num_threads=tiling.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=mosaic_mode(interpret),
-        **cluster,
-    )(jnp.pad(x, ((0, rows - num_rows), (0, 0))), w)
+        **launch(tiling, num_rows, num_columns, interpret),
+    )(jnp.pad(multiplied(x), ((0, rows - num_rows), (0, 0))), w, *squares)
 
 
-def _tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the widest swizzle that divides its rows: 128 bytes, or 64 for half a tile of 64 columns."""
-    width = math.gcd(128 // jnp.dtype(dtype).itemsize, shape[-1])
-    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+def multiply(x_ref: Any, w_ref: Any, out_ref: Any, *, ending: dict[str, Any], **rest: Any) -> None:
+    """Kernel body. x_ref [rows, K]; w_ref [K, N]; out_ref [split, rows, N or N/2]."""
+    walk(x_ref, w_ref, Stored(out_ref, **ending), **rest)
+
+
+def multiply_scaled(
+    x_ref: Any, w_ref: Any, squares_ref: Any, out_ref: Any, *, ending: dict[str, Any], **rest: Any
+) -> None:
+    """Kernel body of a product of `ScaledRows`. squares_ref [R, P]; the others as of `multiply`."""
+    walk(x_ref, w_ref, Stored(out_ref, squares_ref=squares_ref, depth=x_ref.shape[1], **ending), **rest)

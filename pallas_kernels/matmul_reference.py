@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .scaled_rows import ScaledRows, divided, multiplied, scale_rows
+
 # What a product's columns go through; swiglu takes them in pairs: even gates, odd ups.
 EPILOGUES = ("none", "swiglu")
 
 
 def matmul_reference(
-    x: Float[Array, "M _"],
+    x: Float[Array, "M _"] | ScaledRows,
     w: Float[Array, "_ N"],
     *,
     epilogue: str = "none",
@@ -25,7 +27,9 @@ def matmul_reference(
     may read it before the kernels before it have ended. Raises ValueError where the arguments do not fit together.
     """
     check_matmul(x, w, epilogue, residual)
-    return finish(jnp.matmul(x, w, preferred_element_type=jnp.float32), epilogue, residual, x.dtype)
+    rows = multiplied(x)
+    product = divided(jnp.matmul(rows, w, preferred_element_type=jnp.float32), x)
+    return finish(product, epilogue, residual, rows.dtype)
 
 
 def matmul_parts_reference(
@@ -35,6 +39,23 @@ def matmul_parts_reference(
     float32 if there are several, and rows past M are undefined. Here it is whole. `w_constant`: see
     `matmul_reference`."""
     return matmul_reference(x, w)[None]
+
+
+def matmul_add_reference(
+    x: Float[Array, "M _"],
+    w: Float[Array, "_ N"],
+    residual: Float[Array, "M N"],
+    scale: Float[Array, " N"],
+    *,
+    eps: float,
+    w_constant: bool = False,
+) -> tuple[Float[Array, "M N"], ScaledRows]:
+    """(residual + x times w, that on its way through a norm with `scale` and `eps`), in x's dtype; sums are float32.
+    `w_constant`: see `matmul_reference`."""
+    check_matmul_add(x, w, residual, scale)
+    product = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    total = (residual.astype(jnp.float32) + product).astype(x.dtype)
+    return total, scale_rows(total, scale, eps)
 
 
 def finish(
@@ -48,8 +69,9 @@ def finish(
     return out if residual is None else residual + out
 
 
-def check_matmul(x: Array, w: Array, epilogue: str, residual: Array | None) -> None:
+def check_matmul(x: Array | ScaledRows, w: Array, epilogue: str, residual: Array | None) -> None:
     """Raise ValueError unless the arguments of a product fit together."""
+    x = multiplied(x)
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"x [M, K] and w [K, N] do not fit together: got shapes {x.shape} and {w.shape}")
     if x.dtype != w.dtype:
@@ -62,3 +84,10 @@ def check_matmul(x: Array, w: Array, epilogue: str, residual: Array | None) -> N
     shape = (x.shape[0], columns // 2 if epilogue == "swiglu" else columns)
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
         raise ValueError(f"residual must be {x.dtype}{shape}: got {residual.dtype}{residual.shape}")
+
+
+def check_matmul_add(x: Array, w: Array, residual: Array, scale: Array) -> None:
+    """Raise ValueError unless the arguments of a product that ends a block fit together."""
+    check_matmul(x, w, "none", residual)
+    if scale.shape != w.shape[1:] or scale.dtype != x.dtype:
+        raise ValueError(f"scale must be {x.dtype}{w.shape[1:]}: got {scale.dtype}{scale.shape}")

@@ -7,8 +7,9 @@ from typing import Any
 
 from .add_norm_mosaic import add_norm_mosaic
 from .add_norm_reference import add_norm_reference
+from .matmul_add_mosaic import matmul_add_mosaic
 from .matmul_mosaic import matmul_mosaic, matmul_parts_mosaic
-from .matmul_reference import matmul_parts_reference, matmul_reference
+from .matmul_reference import matmul_add_reference, matmul_parts_reference, matmul_reference
 
 # (x, w, *, epilogue, residual, w_constant) -> out; the contract is matmul_reference's docstring.
 # An implementation that cannot run on its arguments raises ValueError: nothing falls back.
@@ -21,6 +22,12 @@ MATMUL: dict[str, Callable[..., Any]] = {
 MATMUL_PARTS: dict[str, Callable[..., Any]] = {
     "reference": matmul_parts_reference,
     "mosaic": matmul_parts_mosaic,
+}
+
+# (x, w, residual, scale, *, eps, w_constant) -> (total, ScaledRows); matmul_add_reference's docstring.
+MATMUL_ADD: dict[str, Callable[..., Any]] = {
+    "reference": matmul_add_reference,
+    "mosaic": matmul_add_mosaic,
 }
 
 # (parts, residual, scale, *, eps) -> (total, normed); add_norm_reference's docstring.

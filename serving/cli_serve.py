@@ -78,7 +78,7 @@ def _follow(config: EngineConfig) -> None:
 def _ends_at_signals() -> Iterator[None]:
     """A signal ends the program in its handler. Raised from there as an exception it would be lost where Python
     ignores those, in a destructor or a weak reference's callback, and could leave a lock held that others wait for."""
-    codes = {signal.SIGTERM: 0, signal.SIGINT: 130}
+    codes: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
     before = {number: signal.signal(number, lambda number, frame: os._exit(codes[number])) for number in codes}
     try:
         yield

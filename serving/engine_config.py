@@ -72,8 +72,8 @@ class EngineConfig:
     prefill_attention: str = option("auto", "entry of the PREFILL_ATTENTION table")
     add_norm: str = option(
         "xla",
-        "how a block is added to the residual stream and normed, where layers are whole on a device: xla, or an "
-        "entry of the ADD_NORM table",
+        "how a block is added to the residual stream and normed, where layers are whole on a device: xla, an entry of "
+        "the ADD_NORM table, or products, by the products before and after it",
     )
     products: str = option(
         "auto",

@@ -68,6 +68,7 @@ def plan_steps(
             f"rules: head_dim is split over {'+'.join(layout.rules.head_dim)}, which {decode} decode and {prefill} "
             f"prefill attention cannot be; {', '.join(sorted(SPLITTABLE))} can"
         )
+    products = choose_products(products, model, layout, kind)
     plan = StepPlan(
         config=model,
         layout=layout,
@@ -81,9 +82,9 @@ def plan_steps(
         decode_attention=_known("decode_attention", decode, DECODE_ATTENTION),
         prefill_attention=_known("prefill_attention", prefill, PREFILL_ATTENTION),
         branches=on_cpu and not deterministic,
-        add_norm=check_add_norm(add_norm, layout, model.embed_dim),
+        add_norm=check_add_norm(add_norm, products, model, layout, kind),
         all_reduce=choose_all_reduce(all_reduce, layout, model.embed_dim, kind),
-        products=choose_products(products, model, layout, kind),
+        products=products,
         deterministic=deterministic,
     )
     buckets = BucketTable.of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +11,18 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from paddock.model import LlamaConfig, NormedProducts, Products, Reduction, reduction_axes
+from paddock.model import DeferringProducts, LlamaConfig, Normed, NormedProducts, Products, Reduction, reduction_axes
 from paddock.pallas_kernels import (
     ADD_NORM,
     ALL_REDUCE,
     ALL_REDUCE_ADD_NORM,
     MATMUL,
+    MATMUL_ADD,
     MATMUL_PARTS,
     MailboxShape,
     check_add_norm_mosaic,
     check_all_reduce_mosaic,
+    check_matmul_add_mosaic,
     check_matmul_mosaic,
     mosaic_mode,
 )
@@ -31,6 +34,8 @@ logger = logging.getLogger("paddock")
 
 # Sums are left to the compiler, which puts them where the layout needs them.
 COMPILER = "xla"
+# Products that add to the residual stream and norm it themselves, as an entry for `add_norm`.
+IN_PRODUCTS = "products"
 # The table of mailboxes among a step's unchanging arrays, beside the weights.
 MAILBOXES = "mailboxes"
 # Where the kernel was measured to be the faster one (docs/numbers.md): cards with NVLink, and devices that reduce.
@@ -41,6 +46,8 @@ BATCH_ROWS, PROMPT_ROWS, ALL_ROWS = range(32, 257), range(256, 2**20, 256), rang
 # Where products and the sums after them are both ours, all of a layer's kernels are, in steps of so many rows: on one
 # device, and on several, where that is still to be measured.
 CHAINED_ROWS, CHAINED_SHARED_ROWS = range(1, 257), range(0)
+# One number of rows for each height that a tile of theirs has.
+ENDING_ROWS = (64, 128, 192, 256)
 
 
 def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> str:
@@ -71,18 +78,24 @@ def choose_all_reduce(name: str, layout: Layout, embed_dim: int, dtype: Any) -> 
     return "mosaic" if name == "auto" else name
 
 
-def check_add_norm(name: str, layout: Layout, embed_dim: int) -> str:
-    """`name`. Raises ValueError for what a layout or a device cannot have."""
+def check_add_norm(name: str, products: str, config: LlamaConfig, layout: Layout, dtype: Any) -> str:
+    """`name`, beside the chosen `products`. Raises ValueError for what a model, a layout or a device cannot have."""
     if name == COMPILER:
         return name
-    if name not in ADD_NORM:
-        raise ValueError(f"add_norm {name!r} is unknown; there are {', '.join(sorted({*ADD_NORM, COMPILER}))}")
+    if name not in {IN_PRODUCTS, *ADD_NORM}:
+        known = ", ".join(sorted({IN_PRODUCTS, *ADD_NORM, COMPILER}))
+        raise ValueError(f"add_norm {name!r} is unknown; there are {known}")
     try:
         if not _whole_layers(layout):
             raise ValueError("rules: layers are split over devices, so that a row is not all on one")
         if name == "mosaic":
             check_hopper(layout.mesh.devices.flat[0])
-            check_add_norm_mosaic(embed_dim)
+            check_add_norm_mosaic(config.embed_dim)
+        if name == IN_PRODUCTS and products == COMPILER:
+            raise ValueError("products are xla's, which cannot")
+        if name == IN_PRODUCTS and products == "mosaic":
+            for rows, depth in itertools.product(ENDING_ROWS, (config.mlp_dim, config.num_heads * config.head_dim)):
+                check_matmul_add_mosaic(dtype, rows, depth, config.embed_dim)
     except ValueError as error:
         raise ValueError(f"add_norm {name}: {error}") from error
     return name
@@ -130,16 +143,19 @@ def check_hopper(device: Any) -> None:
 
 def is_chained(plan: StepPlan, num_rows: int) -> bool:
     """Whether all of a layer's kernels are ours in steps of so many rows, each launched while the one before ends."""
-    if plan.products == COMPILER or plan.products not in (plan.add_norm, plan.all_reduce):
+    if plan.products == COMPILER:
         return False
-    if plan.add_norm != COMPILER:
+    if plan.add_norm in (plan.products, IN_PRODUCTS):
         return num_rows in CHAINED_ROWS
-    return num_rows in CHAINED_SHARED_ROWS and _fits_mailboxes(plan, num_rows)
+    return plan.products == plan.all_reduce and num_rows in CHAINED_SHARED_ROWS and _fits_mailboxes(plan, num_rows)
 
 
 def products_of(plan: StepPlan, params: dict[str, jax.Array], num_rows: int) -> Products:
     """For steps of so many rows. Messages that mailboxes are too small for are the compiler's, too."""
-    kernels = _kernels(plan, is_chained(plan, num_rows))
+    chained = is_chained(plan, num_rows)
+    kernels = _kernels(plan, chained)
+    if plan.add_norm == IN_PRODUCTS:
+        return DeferringProducts(multiply_add=_endings(plan), **kernels) if chained else Products(**kernels)
     if plan.add_norm != COMPILER:
         return NormedProducts(add_norm=ADD_NORM[plan.add_norm], **kernels)
     if plan.all_reduce == COMPILER or not _fits_mailboxes(plan, num_rows):
@@ -171,19 +187,16 @@ def _kernels(plan: StepPlan, chained: bool) -> dict[str, Any]:
         functools.partial(table[plan.products], w_constant=True) for table in (MATMUL, MATMUL_PARTS)
     )
 
-    def swiglu(x: jax.Array, gate_up: jax.Array) -> jax.Array:
+    def swiglu(x: Normed, gate_up: jax.Array) -> jax.Array:
         return multiply(x, gate_up.reshape(gate_up.shape[0], -1), epilogue="swiglu")
 
-    def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    def project(x: Normed, weight: jax.Array) -> jax.Array:
         return multiply(x, weight.reshape(weight.shape[0], -1)).reshape(x.shape[0], *weight.shape[1:])
 
     def add(hidden: jax.Array, weight: jax.Array, x: jax.Array) -> jax.Array:
         return multiply(hidden, weight, residual=x)
 
-    def mapped(fn: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
-        # Jitted: traced and lowered once, not once a layer.
-        return jax.jit(plan.layout.shard_map(fn, specs[:-1], specs[-1]))
-
+    mapped = functools.partial(_mapped, plan)
     whole, split = PartitionSpec(), PartitionSpec(None, plan.layout.rules.mlp or None)
     kernels: dict[str, Any] = {"fused_swiglu": mapped(swiglu, whole, split, split)}
     kernels["fused_rows"] = (BATCH_ROWS, PROMPT_ROWS) if ours and not chained else (ALL_ROWS,)
@@ -193,3 +206,22 @@ def _kernels(plan: StepPlan, chained: bool) -> dict[str, Any]:
         kernels["added"] = mapped(add, whole, whole, whole, whole)
         kernels["added_rows"] = BATCH_ROWS if ours else ALL_ROWS
     return kernels
+
+
+def _endings(plan: StepPlan) -> Callable[..., Any]:
+    """Products that end a block, of layers that are whole on a device."""
+
+    @functools.cache
+    def ending(eps: float) -> Callable[..., Any]:
+        multiply_add = functools.partial(MATMUL_ADD[plan.products], eps=eps, w_constant=True)
+        return _mapped(plan, multiply_add, *[PartitionSpec()] * 5)
+
+    def multiply_add(*operands: jax.Array, eps: float) -> Any:
+        return ending(eps)(*operands)
+
+    return multiply_add
+
+
+def _mapped(plan: StepPlan, fn: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
+    """Of each device's own arrays. Jitted: traced and lowered once, not once a layer."""
+    return jax.jit(plan.layout.shard_map(fn, specs[:-1], specs[-1]))

@@ -11,15 +11,22 @@ import pytest
 from matmul_cases import exact, exact_norm, operands, relative_error
 
 from paddock.pallas_kernels.matmul_mosaic import check_matmul_mosaic, matmul_mosaic
-from paddock.pallas_kernels.matmul_tables import ADD_NORM, MATMUL, MATMUL_PARTS
+from paddock.pallas_kernels.matmul_tables import ADD_NORM, MATMUL, MATMUL_ADD, MATMUL_PARTS
 from paddock.pallas_kernels.matmul_tiling import (
     DEPTH,
+    ROWS,
     SMEM,
+    SMS,
     Tiling,
+    check_tiling,
+    choose_ending,
     choose_tiling,
+    ending_bytes,
     microseconds,
     output_bytes,
+    square_rows,
 )
+from paddock.pallas_kernels.scaled_rows import ScaledRows
 
 # One rounding to bfloat16 gives 1.7e-3.
 TOLERANCE = 3e-3
@@ -69,7 +76,7 @@ def test_groups_of_rows_cover_the_product(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_tile_after_another_starts_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paddock.pallas_kernels.matmul_mosaic.SMS", 1)
+    monkeypatch.setattr("paddock.pallas_kernels.matmul_launch.SMS", 1)
     x, w = operands(8, 192, 192)
     out = matmul_mosaic(x, w, tiling=Tiling(64, 64, 1, 3), interpret=True)
     assert relative_error(out, exact(x, w)) <= TOLERANCE
@@ -111,6 +118,60 @@ def test_parts_are_added_and_normed(name: str) -> None:
     assert total.dtype == normed.dtype == jnp.bfloat16
     assert relative_error(total, wanted) <= TOLERANCE
     assert relative_error(normed, exact_norm(total, scale, EPS)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "tiling"),
+    [
+        ("reference", None),
+        ("mosaic", Tiling(64, 64, 1, 3)),
+        pytest.param("mosaic", Tiling(64, 64, 1, 3, pair=True), marks=NEW),
+        ("mosaic", Tiling(128, 64, 1, 3)),
+    ],
+)
+def test_a_product_norms_on_the_way_to_the_next(name: str, tiling: Tiling | None) -> None:
+    m = 5 if tiling is None or tiling.rows * tiling.blocks == ROWS else 100
+    (x, w), residual, (_, after) = operands(m, 128, 512), operands(m, 512, 1)[0], operands(m, 512, 128)
+    scale = jax.random.uniform(jax.random.key(3), (512,), jnp.bfloat16, 0.5, 2.0)
+    options: dict[str, Any] = {} if name == "reference" else {"interpret": True}
+    ends = {"tiling": tiling} if options else {}
+    total, rows = MATMUL_ADD[name](x, w, residual, scale, eps=EPS, w_constant=True, **options, **ends)
+    assert total.dtype == rows.rows.dtype == jnp.bfloat16
+    assert relative_error(total, exact(x, w, residual=residual)) <= TOLERANCE
+    normed = exact_norm(total, scale, EPS)
+    for epilogue in ("none", "swiglu"):
+        out = MATMUL[name](rows, after, epilogue=epilogue, **options)
+        assert out.dtype == jnp.bfloat16
+        assert relative_error(out, exact(normed, after, epilogue)) <= 1.5 * TOLERANCE  # one rounding more
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "n", "named"),
+    [
+        (jnp.float16, 8, 512, "matmul_add_mosaic needs bfloat16: got float16"),
+        (jnp.bfloat16, 257, 512, "256 rows at most: got 257"),
+        (jnp.bfloat16, 8, 192, r"no tiles for 8 rows and w \[128, 192\]"),
+        (jnp.bfloat16, 8, 96, "columns to be a multiple of 64: got 96"),
+    ],
+)
+def test_what_no_product_adds_and_norms_is_refused(dtype: Any, m: int, n: int, named: str) -> None:
+    x, w = jnp.zeros((m, 128), dtype), jnp.zeros((128, n), dtype)
+    with pytest.raises(ValueError, match=named):
+        MATMUL_ADD["mosaic"](x, w, jnp.zeros((m, n), dtype), w[0], eps=EPS, interpret=True)
+
+
+@pytest.mark.parametrize("name", ["reference", "mosaic"])
+def test_a_scale_of_another_dtype_is_refused(name: str) -> None:
+    x, w = operands(8, 128, 512)
+    with pytest.raises(ValueError, match=r"scale must be bfloat16\(512,\): got float32\(512,\)"):
+        MATMUL_ADD[name](x, w, operands(8, 512, 1)[0], jnp.ones(512), eps=EPS)
+
+
+def test_rows_that_another_kernel_scaled_are_refused() -> None:
+    x, w = operands(8, 128, 64)
+    rows = ScaledRows(x, jnp.ones((8, 1)), EPS)
+    with pytest.raises(ValueError, match=r"ScaledRows of matmul_add_mosaic: got squares \(8, 1\)"):
+        matmul_mosaic(rows, w, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +251,18 @@ def test_tiles_cover_the_product_and_fit(m: int, k: int, n: int) -> None:
         leaving = output_bytes(m, tiling.rows, tiling.columns, parts=tiling.split > 1, swiglu=swiglu)
         assert tiling.stages * 2 * DEPTH * (tiling.rows + tiling.columns) + leaving <= SMEM
         assert tiling.split == 1 or not swiglu
+
+
+@pytest.mark.parametrize("m", [1, 8, 64, 65, 128, 192, 256])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (14336, 4096), (2048, 2048), (8192, 3072), (28672, 8192)])
+def test_blocks_that_share_a_tile_have_one_each(m: int, k: int, n: int) -> None:
+    tiling = choose_ending(m, k, n)
+    check_tiling(tiling, m, k, n)
+    assert tiling.rows * tiling.blocks >= m
+    assert tiling.rows * tiling.blocks <= square_rows(m)
+    assert n // tiling.columns * tiling.cluster <= SMS
+    held = tiling.stages * 2 * DEPTH * (tiling.rows + tiling.columns)
+    assert held + ending_bytes(tiling.rows, tiling.columns, tiling.share) <= SMEM
 
 
 def test_the_choice_is_what_measured_best() -> None:

@@ -27,11 +27,12 @@ GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"}
 STEPS, ROUNDS = 8, 20
 
 
+@pytest.mark.parametrize("add_norm", ["mosaic", "products"])
 @pytest.mark.parametrize("rows", [2, 32, 256])
-def test_kernels_that_start_early_compute_the_same(rows: int) -> None:
+def test_kernels_that_start_early_compute_the_same(rows: int, add_norm: str) -> None:
     layout = Layout.build("tensor=1")
     sizes: dict[str, Any] = {"page_size": 64, "max_num_seqs": rows, "max_num_batched_tokens": 8 * rows}
-    kernels = {"products": "mosaic", "add_norm": "mosaic", "decode_attention": "mosaic"}
+    kernels = {"products": "mosaic", "add_norm": add_norm, "decode_attention": "mosaic"}
     plan, buckets = plan_steps(MODEL, layout, dtype="bfloat16", max_model_len=256, **kernels, **sizes)
     assert is_chained(plan, rows)
     programs = Programs(plan, buckets, rows * plan.pages_per_seq + 1)

@@ -25,6 +25,14 @@ from paddock.serving.step_planning import plan_steps
 from paddock.serving.step_products import MAILBOXES, choose_all_reduce
 from paddock.sharding import Layout, read_collectives
 
+SUMS = [
+    ("", {"add_norm": "reference"}),
+    ("pipe=2", {"add_norm": "reference"}),
+    ("", {"add_norm": "products"}),
+    ("pipe=2", {"add_norm": "products"}),
+    ("tensor=2", {"all_reduce": "reference"}),
+]
+
 
 @pytest.fixture(scope="module")
 def alone() -> Run:
@@ -46,9 +54,10 @@ def test_auto_leaves_cpus_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> No
         ("all_reduce", "reference", "tensor=2", "tokens=tensor", "tokens is split"),
         ("all_reduce", "reference", "tensor=2,x=2", "q_heads=x", "summed over other devices"),
         ("all_reduce", "reference", "pipe=2,tensor=2", "", "layers is split"),
-        ("add_norm", "layer", "", "", "add_norm 'layer' is unknown; there are mosaic, reference, xla"),
+        ("add_norm", "layer", "", "", "add_norm 'layer' is unknown; there are mosaic, products, reference, xla"),
         ("add_norm", "mosaic", "", "", "add_norm mosaic: cpu is no NVIDIA Hopper GPU"),
         ("add_norm", "reference", "tensor=2", "", "add_norm reference: rules: layers are split over devices"),
+        ("add_norm", "products", "", "", "add_norm products: products are xla's, which cannot"),
         ("products", "relu", "", "", "products 'relu' is unknown; there are mosaic, reference, xla"),
         ("products", "mosaic", "", "", "products mosaic: cpu is no NVIDIA Hopper GPU"),
         ("products", "reference", "tensor=2", "tokens=tensor", "products reference: rules: tokens is split"),
@@ -78,30 +87,32 @@ def test_explicit_products_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch,
         assert_same(run(resolved, pages=1000, full=True), alone)
 
 
-@pytest.mark.parametrize(("mesh", "sums"), [("", "add_norm"), ("pipe=2", "add_norm"), ("tensor=2", "all_reduce")])
+@pytest.mark.parametrize(("mesh", "sums"), SUMS)
 def test_chained_kernels_give_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch, alone: Run, mesh: str, sums: str
+    monkeypatch: pytest.MonkeyPatch, alone: Run, mesh: str, sums: dict[str, str]
 ) -> None:
     """All of a layer's products, sums and norms by tables' entries; what kernels compute is the reference's."""
     monkeypatch.setattr(step_products, "CHAINED_SHARED_ROWS", step_products.CHAINED_ROWS)
-    resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference", **{sums: "reference"})
+    resolved = resolve_tiny(monkeypatch, mesh=mesh, products="reference", **sums)
     assert step_products.is_chained(resolved.plan, NUM_SLOTS)
     assert_same(run(resolved, pages=1000, full=True), alone)
 
 
 @compiles_kernels
-def test_weights_that_are_fetched_early_are_the_steps_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("add_norm", ["mosaic", "products"])
+def test_weights_that_are_fetched_early_are_the_steps_arguments(monkeypatch: pytest.MonkeyPatch, add_norm: str) -> None:
     """A kernel reads them before those before it have ended: one that a step computes might not be there yet."""
     monkeypatch.setattr(step_products, "check_hopper", lambda _: None)
     layout = Layout.build("tensor=1", devices=described_devices(target_description("h100-80gb"), 1))
     model = dataclasses.replace(SHAPES["llama-3.2-1b"], num_layers=2)
     sizes: dict[str, Any] = {"page_size": 64, "max_num_seqs": 32, "max_num_batched_tokens": 256, "max_model_len": 256}
-    kernels = {"decode_attention": "mosaic", "prefill_attention": "mosaic", "products": "mosaic", "add_norm": "mosaic"}
+    kernels = {"decode_attention": "mosaic", "prefill_attention": "mosaic", "products": "mosaic", "add_norm": add_norm}
     plan, buckets = plan_steps(model, layout, dtype="bfloat16", **sizes, **kernels)
     text = Programs(plan, buckets, 100).compile_step(Bucket(32, 0, 0, plan.branches)).as_text()
     made = dict(re.findall(r"%([\w.-]+) = .*? ([\w-]+)\(", text))
     source = dict(re.findall(r"%([\w.-]+) = [^(]* bitcast\(%([\w.-]+)\)", text))
-    products = re.findall(r"custom-call\(%[\w.-]+, %([\w.-]+)\), custom_call_target=\"mosaic_gpu_v2\"", text)
+    calls = [line for line in text.splitlines() if "mosaic_gpu_v2" in line and "jit(matmul" in line]
+    products = [re.search(r"custom-call\(%[\w.-]+, %([\w.-]+)", line)[1] for line in calls]
     assert len(products) == 4 * model.num_layers
     for name in products:
         while name in source:
