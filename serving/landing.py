@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .sequence import Sequence
 
 # After so many steps all get their tokens, lest it takes long when they must.
-MOST_STEPS = 64
+MOST_STEPS = 128
 
 
 class Landing:
@@ -58,6 +58,7 @@ class Landing:
     def _give_all(self) -> None:
         if self._steps:
             columns = np.stack(self._steps, axis=1, dtype=np.int32)
-            for seq, given, tokens in zip(self.seqs, self._num_given, columns, strict=True):
-                seq.given.frombytes(tokens[given:].tobytes())
+            # As bytes, four a token, which an array takes as they lie.
+            for seq, given, tokens in zip(self.seqs, self._num_given, columns.view(np.uint8), strict=True):
+                seq.given.frombytes(tokens[4 * given :])
         self._steps, self._num_given = [], [0] * len(self.seqs)
