@@ -42,9 +42,10 @@ class Landing:
 
     def give(self, seq: Sequence) -> None:
         """Give one of them the tokens that it does not have yet."""
-        place = self._places[seq]
-        seq.given.extend([int(tokens[place]) for tokens in self._steps[self._num_given[place] :]])
-        self._num_given[place] = len(self._steps)
+        place, steps = self._places[seq], self._steps
+        for step in range(self._num_given[place], len(steps)):
+            seq.given.append(steps[step].item(place))
+        self._num_given[place] = len(steps)
 
     @functools.cached_property
     def _places(self) -> dict[Sequence, int]:
