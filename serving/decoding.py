@@ -83,7 +83,7 @@ class Decoding:
 
     def due(self, tick: int, limit: int) -> np.ndarray | None:
         """Indices of the first `limit` that may run at `tick`, None for all."""
-        if self._all_ready <= tick and len(self) <= limit:
+        if self._all_ready <= tick and len(self._seqs) <= limit:
             return None
         self._catch_up()
         return (self._table[_READY, : len(self)] <= tick).nonzero()[0][:limit]
@@ -97,13 +97,12 @@ class Decoding:
 
     def enter(self, indices: np.ndarray, pages: list[int], page_size: int) -> np.ndarray:
         """Give each of them one of `pages`; returns slot, index in the page table and page, [U 3]."""
-        entered = np.empty((len(pages), 3), np.int32)
-        entered[:, 0], entered[:, 2] = self._table[_SLOT, indices], pages
-        entered[:, 1] = self._table[_ROOM, indices] // page_size
-        self._table[_ROOM, indices] += page_size
+        slots, room = self._table[_SLOT], self._table[_ROOM]
+        held = room[indices]
+        room[indices] = held + page_size
         for index, page in zip(indices.tolist(), pages, strict=True):
             self._seqs[index].pages.append(page)
-        return entered
+        return np.array([slots[indices], held // page_size, pages], np.int32).T
 
     def advance(self, due: np.ndarray | None, ready: int) -> tuple[tuple[Sequence, ...], np.ndarray, int]:
         """Count a token more for each of `due` that is still there, whose next may run at tick `ready`; those that are
@@ -132,12 +131,17 @@ class Decoding:
 
     def _look_ahead(self) -> None:
         """Let go of those that are complete, and find out for how long the others are quiet."""
-        computed, _, last = self._table[_COMPUTED : _LAST + 1, : len(self)]
-        complete = last - computed <= self._moved
-        if complete.any():
-            self._drop(complete.nonzero()[0])
+        self._quiet = self._count_quiet()
+        if self._quiet < 0:  # somebody is complete; all have room for what they have computed
+            left = self._table[_LAST, : len(self)] - self._table[_COMPUTED, : len(self)]
+            self._drop((left <= self._moved).nonzero()[0])
+            self._quiet = self._count_quiet()
+
+    def _count_quiet(self) -> int:
+        if not self._seqs:
+            return 0
         computed, room, last = self._table[_COMPUTED : _LAST + 1, : len(self)]
-        self._quiet = int((np.minimum(room, last - 1) - computed).min()) - self._moved if len(self) else 0
+        return int((np.minimum(room, last - 1) - computed).min()) - self._moved
 
     def _catch_up(self) -> None:
         """Bring the table up to date; it is about to change, or to be looked at."""

@@ -144,7 +144,8 @@ class Engine:
         raised = False
         try:
             if schedule or self.runner.in_flight:
-                self._sync_bias(schedule)
+                if schedule.chunks or self._stops_banned:
+                    self._sync_bias(schedule)
                 self._pending = self.runner.dispatch(schedule)
         except Exception as error:
             raised = True
@@ -164,11 +165,11 @@ class Engine:
 
     def _commit(self, result: StepResult, future: StepFuture) -> None:
         tokens, result.logprobs = future.read()
-        scores = future.read_prompt_logprobs()
         result.bucket, result.num_tokens = str(future.bucket), future.num_tokens
-        for seq, position, _ in scores:
-            seq.num_prompt_scored = max(seq.num_prompt_scored, position)
-        result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
+        if scores := future.read_prompt_logprobs():
+            for seq, position, _ in scores:
+                seq.num_prompt_scored = max(seq.num_prompt_scored, position)
+            result.prompt_logprobs = [entry for entry in scores if entry[0].status is not SequenceStatus.FINISHED]
         result.advanced, result.ended = self.scheduler.land(future.seqs, tokens)
         for seq in result.ended:
             token = seq.tokens_read[-1]

@@ -173,10 +173,11 @@ class EngineLoop:
 
     def _run(self) -> None:
         HEAP.begin()
+        is_alone = self._peers.is_alone
         try:
             while (wishes := self._inbox.collect(is_idle=self.engine.is_idle)) is not None:
                 self._beat = time.monotonic()
-                if wishes or not self._peers.is_alone:
+                if wishes or not is_alone:
                     self._tell(wishes)
                 result = self._lockstep.run()
                 self._peers.check(result)

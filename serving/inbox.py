@@ -23,6 +23,10 @@ class Wishes:
         return bool(self.admitted or self.aborted)
 
 
+# What an engine at work mostly finds; the same object each time.
+NOTHING = Wishes()
+
+
 class Inbox:
     """Any thread may `put`, in whose order the engine's thread takes it."""
 
@@ -46,6 +50,8 @@ class Inbox:
 
     def collect(self, *, is_idle: bool) -> Wishes | None:
         """All that was put; an engine that is idle waits for some. None once the inbox is closed."""
+        if not is_idle and self._commands.empty():
+            return NOTHING
         wishes = Wishes()
         while not self._commands.empty() or (is_idle and not wishes):
             command = self._commands.get() if not self._commands.empty() else self._rest()

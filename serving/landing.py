@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .sequence import Sequence
 
 # After so many steps all get their tokens, lest it takes long when they must.
-MOST_STEPS = 64
+MOST_STEPS = 128
 
 
 class Landing:
@@ -42,9 +42,10 @@ class Landing:
 
     def give(self, seq: Sequence) -> None:
         """Give one of them the tokens that it does not have yet."""
-        place = self._places[seq]
-        seq.given.extend([int(tokens[place]) for tokens in self._steps[self._num_given[place] :]])
-        self._num_given[place] = len(self._steps)
+        place, steps = self._places[seq], self._steps
+        for step in range(self._num_given[place], len(steps)):
+            seq.given.append(steps[step].item(place))
+        self._num_given[place] = len(steps)
 
     @functools.cached_property
     def _places(self) -> dict[Sequence, int]:
@@ -58,6 +59,7 @@ class Landing:
     def _give_all(self) -> None:
         if self._steps:
             columns = np.stack(self._steps, axis=1, dtype=np.int32)
-            for seq, given, tokens in zip(self.seqs, self._num_given, columns, strict=True):
-                seq.given.frombytes(tokens[given:].tobytes())
+            # As bytes, four a token, which an array takes as they lie.
+            for seq, given, tokens in zip(self.seqs, self._num_given, columns.view(np.uint8), strict=True):
+                seq.given.frombytes(tokens[4 * given :])
         self._steps, self._num_given = [], [0] * len(self.seqs)

@@ -29,7 +29,7 @@ LONG_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40
 TOKENS = tuple(float(2**power) for power in range(0, 18))
 FINISH_REASONS = ("stop", "length", "abort")
 # Notes that are counted at once.
-MOST_NOTES = 64
+MOST_NOTES = 256
 
 
 class Histogram:
@@ -64,8 +64,8 @@ class Metrics:
     ) -> None:
         self._labels = (model_name, engine)
         self._lock = threading.Lock()
-        # Methods of ours with their arguments, to be called under the lock; to append needs none.
-        self._notes: deque[tuple[Any, ...]] = deque()
+        # Methods of ours and their arguments, to be called under the lock; to append needs none.
+        self._notes: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._load = load
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
@@ -78,7 +78,10 @@ class Metrics:
 
     def on_step(self, *, bucket: str, seconds: float, num_tokens: int, preemptions: int) -> None:
         """After a step: its executable, duration and tokens, the sequences it preempted."""
-        self._note(self._count_step, bucket, seconds, num_tokens, preemptions)
+        self._notes.append((self._count_step, (bucket, seconds, num_tokens, preemptions)))
+        if len(self._notes) >= MOST_NOTES:
+            with self._lock:
+                self._count_notes()
 
     def on_compile(self, count: int = 1) -> None:
         """A step executable was built."""
@@ -89,8 +92,9 @@ class Metrics:
         self._count("vllm:prompt_tokens", num_tokens)
 
     def on_tokens(self, num_tokens: int, gaps: Mapping[float, int]) -> None:
-        """Tokens came out of a step; `gaps`: how many of them how many seconds after the one before."""
-        self._note(self._count_tokens, num_tokens, gaps)
+        """Tokens came out of the step that `on_step` told of; `gaps`: how many of them how many seconds after the one
+        before."""
+        self._notes.append((self._count_tokens, (num_tokens, gaps)))
 
     def on_first_token(self, seconds: float) -> None:
         """A sequence's first token came, `seconds` after its arrival."""
@@ -166,15 +170,9 @@ class Metrics:
         family.add_metric(self._labels, value)
         return family
 
-    def _note(self, *note: Any) -> None:
-        self._notes.append(note)
-        if len(self._notes) >= MOST_NOTES:
-            with self._lock:
-                self._count_notes()
-
     def _count_notes(self) -> None:
         while self._notes:
-            method, *arguments = self._notes.popleft()
+            method, arguments = self._notes.popleft()
             method(*arguments)
 
     def _count_step(self, bucket: str, seconds: float, num_tokens: int, preemptions: int) -> None:

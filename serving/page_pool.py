@@ -45,7 +45,10 @@ class PagePool:
         """`count` pages; raises RuntimeError when there are not so many (ask `can_take` first)."""
         if not self.can_take(count):
             raise RuntimeError(f"{count} pages asked for, {self.num_free} are free")
-        pages = [self._free.pop() for _ in range(count)]
+        first = len(self._free) - count
+        pages = self._free[first:]
+        del self._free[first:]
+        pages.reverse()
         for page in pages:
             self._is_free[page] = 0
         return pages

@@ -98,7 +98,7 @@ class Scheduler:
         """Choose the next step and take its pages and slots; counters move on as if it had run."""
         self._tick += 1
         # What fits the partitions together may fit none of them: then somebody has to decode to make room.
-        if self._prompts_go_first() and (alone := self._take_prompts([False] * len(self.partitions))):
+        if self.waiting and self._prompts_go_first() and (alone := self._take_prompts([False] * len(self.partitions))):
             self._num_alone += 1
             return Schedule((), alone)
         self._num_alone = 0
@@ -114,7 +114,7 @@ class Scheduler:
 
     def _prompts_go_first(self) -> bool:
         """Not over stages, where groups that decode keep the others busy."""
-        if not self.waiting or self.num_stages > 1 or self._num_alone == MOST_ALONE:
+        if self.num_stages > 1 or self._num_alone == MOST_ALONE:
             return False
         if not all([part.decoding.is_patient for part in self.partitions]):
             return False
@@ -218,17 +218,18 @@ class Scheduler:
 
     def _decode(self, part: Partition) -> Schedule:
         """The decoding sequences that take part in this tick, with room for their next token: see `advance`."""
-        decoding = part.decoding
+        decoding, entered = part.decoding, NO_PAGES
         # Those of fewer groups than stages enter in the same ticks of each round, or prompts that ended in different
         # ticks would stay as many groups.
         enters = self._tick % self.num_stages < self.num_groups
         due = decoding.due(self._tick, -(-len(decoding) // self.num_groups) if enters else 0)
         short = decoding.short(due)
-        while not part.pool.can_take(len(short)):
-            # Who gives way is the last, perhaps one of these: the indices of the others stay.
-            self._preempt(part.running[-1])
-            short = short[short < len(decoding)]
-        entered = decoding.enter(short, part.pool.take(len(short)), part.pool.page_size) if len(short) else NO_PAGES
+        if len(short):
+            while not part.pool.can_take(len(short)):
+                # Who gives way is the last, perhaps one of these: the indices of the others stay.
+                self._preempt(part.running[-1])
+                short = short[short < len(decoding)]
+            entered = decoding.enter(short, part.pool.take(len(short)), part.pool.page_size)
         decodes, rows, moved = decoding.advance(due, self._tick + self.num_stages)
         return Schedule(decodes, (), rows, moved, entered)
 
