@@ -134,8 +134,17 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
         "resolved_mesh": {name: int(size) for name, size in resolved.plan.layout.mesh.shape.items()},
         "resolved_rules": str(resolved.plan.layout.rules),
         "startup_seconds": replicas[0].startup_seconds,
-        "slices": slices(resolved.programs),
+        "slices": replica_slices(replicas),
     }
+
+
+def replica_slices(replicas: list[Built]) -> list[dict[str, Any]]:
+    """Those of the first replica, with the devices of the others, which hold the same of their own arrays."""
+    found, *others = [slices(built.resolved.programs) for built in replicas]
+    for other in others:
+        for entry, same in zip(found, other, strict=True):
+            entry["devices"] |= same["devices"]
+    return found
 
 
 def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str, Any]:
