@@ -175,10 +175,10 @@ def plan_layout(
 
 
 def _decode_points(times: StepTimes, demand: Demand, sequences: int, replicas: int) -> tuple[DecodePoint, ...]:
-    """At half of the output, for every batch that is held at once, equally large on each of the replicas."""
+    """At half of the output, for batches up to the largest at once, equally large on each of the replicas."""
     context = demand.input_len + demand.output_len / 2
-    held = [batch for batch in demand.batch_sizes if batch * replicas <= sequences]
-    steps = zip(held, times.decodes(held, context), strict=True)
+    batches = demand.batch_sizes(sequences // replicas)
+    steps = zip(batches, times.decodes(batches, context), strict=True)
     return tuple(DecodePoint(batch * replicas, step.total, step.bound) for batch, step in steps)
 
 

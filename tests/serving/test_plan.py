@@ -181,6 +181,18 @@ def test_every_replica_runs_max_num_seqs():
     assert "only" in short.reason
 
 
+def test_the_largest_batch_that_is_held_has_a_time():
+    """What makes tokens cheapest: 61 sequences over 8 stages read the weights as often as 32 do."""
+    found = plan("llama-3.1-405b", "h200", 8, input_len=4096, output_len=256)
+    deep = {str(layout.mesh): layout for layout in found.layouts}["pipe=8"]
+    assert deep.sequences == 61
+    assert [point.batch for point in deep.decode] == [1, 2, 4, 8, 16, 32, 61]
+    assert deep.decode[-1].tokens_per_second > 1.8 * deep.decode[-2].tokens_per_second
+    assert dict((str(layout.mesh), point.batch) for layout, point in found.meeting())["pipe=8"] == 61
+    (two,) = plan("llama-3.1-70b", "h100-80gb", 4, mesh="data=2,tensor=2", memory="datasheet").layouts
+    assert (two.sequences, [point.batch for point in two.decode]) == (14, [2, 4, 8, 14])
+
+
 def test_tensor_parallelism_across_hosts_pays_for_the_network():
     fields = {"input_len": 128, "output_len": 128}
     inside, outside, strided = (
