@@ -96,7 +96,8 @@ def fit(config: EngineConfig, layout: SweepLayout, cases: list[Case], num_cpu_de
     mesh.check_count(jax.devices())
     planned = PlannedLayout.of(mesh, text.rules)
     multiple = math.lcm(planned.num_shards("batch"), planned.num_shards("tokens"))
-    batch = -(-max(case.batch_size for case in cases) // multiple) * multiple
+    # Of a replica, among which prompts are dealt out.
+    batch = -(-max(case.batch_size for case in cases) // (multiple * mesh.num_replicas)) * multiple
     slots = config.max_num_seqs or batch
     usual = CPU_TOKENS if jax.default_backend() == "cpu" else GPU_TOKENS
     budget = config.max_num_batched_tokens or -(-max(usual, 2 * slots) // multiple) * multiple

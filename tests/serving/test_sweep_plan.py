@@ -82,6 +82,19 @@ def test_a_mesh_needs_no_more_devices_than_are_asked_for():
         fit(EngineConfig(), SweepLayout("tensor=16"), [Case(1, 8, 2)], 8)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "rules", "slots"),
+    [("tensor=2", "", 5), ("data=2,tensor=2", "", 3), ("data=2,x=4", "batch=x", 4), ("x=4", "batch=x", 8)],
+)
+def test_a_replica_has_room_for_its_share_of_the_batch(
+    mesh: str, rules: str, slots: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("paddock.serving.sweep_worker.prepare", lambda config: None)
+    config = fit(EngineConfig(), SweepLayout(mesh, rules), [Case(5, 8, 2), Case(2, 8, 2)], None)
+    assert config.max_num_seqs == slots
+    assert fit(EngineConfig(max_num_seqs=7), SweepLayout(mesh, rules), [Case(5, 8, 2)], None).max_num_seqs == 7
+
+
 def test_the_layout_replaces_that_of_the_config():
     config = EngineConfig(tensor_parallel_size=4, max_num_seqs=3)
     changed = SweepLayout("pipe=2", "vocab=").apply(config)
