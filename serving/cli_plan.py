@@ -195,14 +195,16 @@ def present(config: EngineConfig) -> str:
     sizes = (resolved.page_size, step.num_slots, step.max_chunk_tokens, resolved.max_model_len)
     footprint = Footprint(resolved.model, resolved.dtype, *sizes, slack=0 if device.platform == "cpu" else SLACK)
     held: DeviceBytes = footprint.of(step.layout, resolved.num_pages)
-    tokens = (resolved.num_pages - 1) * resolved.page_size * step.num_partitions * mesh.num_replicas
+    pages = resolved.num_pages - 1  # one is scratch
+    partitions = step.num_partitions * mesh.num_replicas
+    tokens, sequences = (partitions * n for n in (pages * resolved.page_size, pages // step.pages_per_seq))
     lines = [
         f"{config.model or 'the bundled model'} on {mesh} of {jax.device_count()} x {device.device_kind}, "
         f"{resolved.dtype}: fits",
         f"each device: {held}",
         f"{resolved.num_pages} pages of {resolved.page_size} tokens, "
         f"{show_bytes(held.kv_cache // resolved.num_pages)} each; {tokens:,} KV tokens, "
-        f"{tokens // resolved.max_model_len} sequences of {resolved.max_model_len:,}",
+        f"{sequences} sequences of {resolved.max_model_len:,}",
     ]
     card = next((card for card in accelerators().values() if card.device_kind == device.device_kind), None)
     if card is None:

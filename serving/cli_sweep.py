@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def run(args: argparse.Namespace) -> int:
     """Raises ValueError naming the flag, the key of the file, or (with --explain) what is wrong with the layout, and
     RuntimeError when no layout ran or some gave other tokens."""
     sweep = Sweep.from_args(args)
+    if not 0 < args.timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"--timeout must be more than 0 s and no more than a timer takes, got {args.timeout}")
     if args.explain:
         print(_explain(sweep))
         return 0

@@ -18,9 +18,6 @@ from .kv_cache import cache_spec
 from .programs import Programs
 from .text_table import text_table
 
-# Arrays that stand for all: the first of each kind that a picture is worth while for.
-PICTURED = ("embed", "layers.0.qkv", "layers.0.out", "layers.0.gate_up", "layers.0.down", "head", "pages")
-
 
 @dataclasses.dataclass(frozen=True)
 class ArrayKind:
@@ -96,11 +93,13 @@ def temp_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def slices(programs: Programs) -> list[dict[str, Any]]:
-    """Which device holds which slice of the arrays in PICTURED, as plain values: for each device [start, stop] of every
-    dimension."""
+    """Which device holds which slice of the weights, a page pool and the state, each layer's like the first one's, as
+    plain values: for each device [start, stop] of every dimension."""
     plan, layout = programs.plan, programs.plan.layout
-    specs = slot_specs(plan.config, layout, plan.dtype) | {"pages": page_spec(programs)}
-    return [_slices(name, specs[name], layout) for name in PICTURED if name in specs]
+    weights = slot_specs(plan.config, layout, plan.dtype)
+    specs = {name: spec for name, spec in weights.items() if not re.match(r"layers\.(?!0\.)", name)}
+    specs |= {"pages": page_spec(programs), **dict(_state(plan.state_specs()))}
+    return [_slices(name, spec, layout) for name, spec in specs.items()]
 
 
 def _slices(name: str, spec: ArraySpec, layout: Layout) -> dict[str, Any]:

@@ -74,10 +74,10 @@ class Demand:
         """How many `tokens` KV tokens hold, in whole pages, at their end."""
         return tokens // (-(-self.length // self.block_size) * self.block_size)
 
-    @property
-    def batch_sizes(self) -> list[int]:
-        """Of a replica: powers of two up to `max_num_seqs`, and that."""
-        return sorted({*(2**i for i in range(self.max_num_seqs.bit_length())), self.max_num_seqs})
+    def batch_sizes(self, held: int) -> list[int]:
+        """Of a replica whose cache holds `held` sequences: powers of two, and the most that run at once."""
+        most = min(held, self.max_num_seqs)
+        return sorted({*(2**i for i in range(most.bit_length())), most})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,9 +40,10 @@ def plan(
 ) -> Plan:
     """Plan `model` (a folder, a config.json, or a shape's name) on `count` accelerators.
 
-    Without `mesh` and `layout` every split of `count` over replicas, stages and tensor parallelism is planned, with
-    `rules`, all in the flags' spelling. `fields` are those of `Demand`; `profile` replaces the shipped one. Raises
-    ValueError (OSError for files) naming what is wrong, for a layout that was asked for and does not divide too.
+    Where neither `mesh` nor `layout` names a mesh, every split of `count` over replicas, stages and tensor parallelism
+    is planned, with the rules; all in the flags' spelling. `fields` are those of `Demand`; `profile` replaces the
+    shipped one. Raises ValueError (OSError for files) naming what is wrong, for a layout that was asked for and does
+    not divide too.
     """
     check_count("count", count)
     for argument, text in (("mesh", mesh), ("rules", rules), ("layout", layout)):
@@ -61,19 +62,19 @@ def plan(
     if demand.longest > config.context_length:
         asked_by = "max_model_len" if demand.max_model_len else "input_len + output_len,"
         raise ValueError(f"{asked_by} {demand.longest} is more than the {config.context_length} tokens of {name}")
-    if mesh or layout:
-        read = LayoutText.read(mesh, rules, layout)
+    read = LayoutText.read(mesh, rules, layout)
+    if read.mesh or read.preset:
         asked = read.mesh_config(count)
         if asked.num_devices > count:
             raise ValueError(f"mesh {asked} needs {asked.num_devices} devices, but count is {count}")
         found = [plan_layout(config, card, memory, demand, profile, asked, read.rules)]
     else:
         # Rules that no mesh of these axes could have are no matter of what divides.
-        PlannedLayout.of("pipe=1,tensor=1", rules)
+        PlannedLayout.of("pipe=1,tensor=1", read.rules)
         found = []
         for candidate in sensible_meshes(config, count):
             try:
-                found.append(plan_layout(config, card, memory, demand, profile, candidate, rules))
+                found.append(plan_layout(config, card, memory, demand, profile, candidate, read.rules))
             except ValueError as error:
                 refused = error
         if not found:
@@ -174,10 +175,10 @@ def plan_layout(
 
 
 def _decode_points(times: StepTimes, demand: Demand, sequences: int, replicas: int) -> tuple[DecodePoint, ...]:
-    """At half of the output, for every batch that is held at once, equally large on each of the replicas."""
+    """At half of the output, for batches up to the largest at once, equally large on each of the replicas."""
     context = demand.input_len + demand.output_len / 2
-    held = [batch for batch in demand.batch_sizes if batch * replicas <= sequences]
-    steps = zip(held, times.decodes(held, context), strict=True)
+    batches = demand.batch_sizes(sequences // replicas)
+    steps = zip(batches, times.decodes(batches, context), strict=True)
     return tuple(DecodePoint(batch * replicas, step.total, step.bound) for batch, step in steps)
 
 

@@ -136,7 +136,14 @@ def run_sweep(
                     reference = results.rows.get(sweep.key(sweep.layouts[0], case), {})
                     results.add({**_head(sweep, layout, case), **row, **compare(row, reference, layout)})
                     bar.update()
-    return [results.rows[sweep.key(layout, case)] for layout in sweep.layouts for case in sweep.cases]
+    return [_row(sweep, layout, case, results) for layout in sweep.layouts for case in sweep.cases]
+
+
+def _row(sweep: Sweep, layout: SweepLayout, case: Case, results: Results) -> Row:
+    """As this sweep calls it, and compared with what the single device gave last: a row of an earlier sweep may have
+    had another name, or nothing to be compared with."""
+    row, reference = (results.rows[sweep.key(of, case)] for of in (layout, sweep.layouts[0]))
+    return {**row, "label": layout.label, "name": layout.name, **compare(row, reference, layout)}
 
 
 def _head(sweep: Sweep, layout: SweepLayout, case: Case) -> Row:

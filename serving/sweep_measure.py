@@ -167,7 +167,7 @@ def decode_bytes(built: Built, case: Case, num_replicas: int) -> int:
     weights = sum(map(_local_bytes, read))
     page = page_bytes(plan.dims, plan.layout, plan.page_size, plan.dtype)
     sequences = case.batch_size / (plan.num_partitions * num_replicas)
-    groups = min(plan.stages.count, case.batch_size)
+    groups = min(plan.stages.count, -(-case.batch_size // num_replicas))
     cached = sequences * (case.input_len + case.output_len / 2) * page / plan.page_size
     return int(groups * weights + cached)
 

@@ -10,13 +10,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from paddock.sharding import LayoutText
+
 from .cli_flags import engine_config
 from .engine_config import EngineConfig
 
 # Keys of a sweep's file and attributes of its flags, with what is taken where neither says.
 SIZES: dict[str, Any] = {"batch_sizes": [8], "input_lens": [128], "output_len": 32}
 # Of what a row holds: one more whenever that changes, so that rows of before are run again and not misread.
-ROW_FORMAT = 3
+ROW_FORMAT = 4
 LAYOUT_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "mesh", "rules", "layout")
 
 
@@ -53,6 +55,14 @@ class SweepLayout:
     def is_single_device(self) -> bool:
         return not (self.mesh or self.rules or self.preset)
 
+    def read(self) -> SweepLayout:
+        """With what a layout file says in its place: changed, it is another layout, and not one that has been run.
+        Raises ValueError naming the file."""
+        if not self.preset.endswith(".toml"):
+            return self
+        text = LayoutText.read(self.mesh, self.rules, self.preset)
+        return SweepLayout(text.mesh, text.rules, text.preset, self.label)
+
     def apply(self, config: EngineConfig) -> EngineConfig:
         """`config` with this layout instead of its own. Raises ValueError as EngineConfig does."""
         changes: dict[str, Any] = {name: 1 for name in LAYOUT_FIELDS if name.endswith("_size")}
@@ -77,7 +87,8 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """Every layout with every case, on the devices there are or on `num_cpu_devices` virtual ones. The first layout is
-    the single device that the others, those asked for, are compared with. Raises ValueError naming the flag."""
+    the single device that the others, those asked for, are compared with. Raises ValueError naming the flag, or the
+    name that two layouts have."""
 
     config: EngineConfig
     layouts: tuple[SweepLayout, ...]
@@ -87,6 +98,10 @@ class Sweep:
     def __post_init__(self) -> None:
         if self.num_cpu_devices is not None and self.num_cpu_devices < 1:
             raise ValueError(f"--devices must be at least 1, got {self.num_cpu_devices}")
+        labels = [layout.label for layout in self.layouts]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two layouts are called {label!r}; give each a name of its own")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Sweep:
@@ -94,12 +109,12 @@ class Sweep:
         is wrong."""
         config = engine_config(args)
         file = _read(Path(args.config)) if args.config else {}
-        listed = [SweepLayout(config.mesh or config.layout_text.mesh, config.rules, config.layout)]
+        listed = [SweepLayout(config.mesh if config.layout else config.layout_text.mesh, config.rules, config.layout)]
         listed += [SweepLayout(mesh=mesh) for mesh in args.meshes]
         listed += [SweepLayout(preset=preset) for preset in args.presets]
         listed += [SweepLayout.parse(text) for text in args.layouts]
         listed += [SweepLayout.from_table(table, where=f"sweep file {args.config}") for table in file.get("layout", [])]
-        layouts = [layout for layout in dict.fromkeys(listed) if not layout.is_single_device]
+        layouts = [layout.read() for layout in dict.fromkeys(listed) if not layout.is_single_device]
         if not layouts and not args.explain:
             raise ValueError("sweep needs layouts: --meshes, --presets, --layouts, --config, or --mesh and --rules")
         sizes = {name: file.get(name, default) for name, default in SIZES.items()}

@@ -96,7 +96,8 @@ def fit(config: EngineConfig, layout: SweepLayout, cases: list[Case], num_cpu_de
     mesh.check_count(jax.devices())
     planned = PlannedLayout.of(mesh, text.rules)
     multiple = math.lcm(planned.num_shards("batch"), planned.num_shards("tokens"))
-    batch = -(-max(case.batch_size for case in cases) // multiple) * multiple
+    # Of a replica, among which prompts are dealt out.
+    batch = -(-max(case.batch_size for case in cases) // (multiple * mesh.num_replicas)) * multiple
     slots = config.max_num_seqs or batch
     usual = CPU_TOKENS if jax.default_backend() == "cpu" else GPU_TOKENS
     budget = config.max_num_batched_tokens or -(-max(usual, 2 * slots) // multiple) * multiple
@@ -134,8 +135,17 @@ def _about(replicas: list[Built]) -> dict[str, Any]:
         "resolved_mesh": {name: int(size) for name, size in resolved.plan.layout.mesh.shape.items()},
         "resolved_rules": str(resolved.plan.layout.rules),
         "startup_seconds": replicas[0].startup_seconds,
-        "slices": slices(resolved.programs),
+        "slices": replica_slices(replicas),
     }
+
+
+def replica_slices(replicas: list[Built]) -> list[dict[str, Any]]:
+    """Those of the first replica, with the devices of the others, which hold the same of their own arrays."""
+    found, *others = [slices(built.resolved.programs) for built in replicas]
+    for other in others:
+        for entry, same in zip(found, other, strict=True):
+            entry["devices"] |= same["devices"]
+    return found
 
 
 def _run(replicas: list[Built], case: Case, bandwidth: float | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class MeshConfig:
         axes = []
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, equals, size = part.partition("=")
-            if not equals or not size.strip().isdigit():
+            if not equals or not size.strip().isdecimal():
                 raise ValueError(f"mesh: {part!r} is not of the form axis=size, as in 'pipe=2,tensor=4'")
             axes.append((name.strip(), int(size)))
         return cls(tuple(axes))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
 from engines import tiny_llm
 
+from paddock.serving.build import Built
 from paddock.serving.cli import main
 from paddock.serving.engine_config import EngineConfig
 from paddock.serving.explain import array_kinds, device_bytes, slices, step_buckets
 from paddock.serving.resolve import resolve
+from paddock.serving.sweep_worker import replica_slices
 
 CACHE = str(Path(__file__).parents[2] / "build" / "test-compile-cache")
 
@@ -31,13 +34,24 @@ def test_slices_are_those_of_placed_arrays():
     config = EngineConfig(model="smollm2-135m", load_format="dummy", mesh="pipe=2,tensor=3", max_model_len=256)
     programs = resolve(config).programs
     found = {entry["name"]: entry for entry in slices(programs)}
-    assert list(found) == ["embed", "layers.0.qkv", "layers.0.out", "layers.0.gate_up", "layers.0.down", "pages"]
+    layer = [f"layers.0.{name}" for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")]
+    state = ["last_token", "page_table", "sampler.counts", "sampler.prompted", "sampler.bias", "between_stages"]
+    assert list(found) == ["embed", "norm", *layer, "pages", *state]
     qkv = found["layers.0.qkv"]
     assert (qkv["shape"], qkv["shards"]) == ([2, 576, 3, 5, 64], [2, 1, 3, 1, 1])
     # Device 4 is the second of three at the second stage.
     assert qkv["devices"]["4"] == [[1, 2], [0, 576], [1, 2], [0, 5], [0, 64]]
     assert found["pages"]["devices"]["4"][0] == [1, 2]
     assert len(qkv["devices"]) == 6
+
+
+def test_slices_tell_of_every_replica():
+    config = EngineConfig(model="smollm2-135m", load_format="dummy", mesh="data=2,tensor=3", max_model_len=256)
+    replicas = [Mock(spec=Built, resolved=resolve(config, replica=index)) for index in range(2)]
+    (out,) = (entry for entry in replica_slices(replicas) if entry["name"] == "layers.0.out")
+    assert {device: held[0] for device, held in out["devices"].items()} == {
+        str(device): [device % 3, device % 3 + 1] for device in range(6)
+    }
 
 
 def test_a_model_too_large_for_this_machine_is_explained_without_running(capsys: pytest.CaptureFixture[str]):

@@ -101,6 +101,20 @@ def test_every_split_is_tried():
     assert "tensor=16" not in [str(layout.mesh) for layout in plan("llama-3.2-3b", "h100-80gb", 16).layouts]
 
 
+def test_a_file_that_names_no_mesh_is_rules_for_every_split(tmp_path):
+    file = tmp_path / "whole.toml"
+    file.write_text('rules = "vocab="\n')
+    by_flag, by_file = (
+        plan("llama-3.1-8b", "h100-80gb", 4, **asked) for asked in ({"rules": "vocab="}, {"layout": str(file)})
+    )
+    assert by_file == by_flag
+    assert len(by_file.layouts) == 6
+    file.write_text('mesh = "tensor=2"\nrules = "vocab="\n')
+    assert [str(layout.mesh) for layout in plan("llama-3.1-8b", "h100-80gb", 4, layout=str(file)).layouts] == [
+        "tensor=2"
+    ]
+
+
 def test_datasheet_times_by_hand():
     (layout,) = plan("llama-3.1-8b", "h100-80gb", profile=DATASHEET_ONLY, input_len=1000, output_len=200).layouts
     assert layout.source == "datasheet"
@@ -165,6 +179,18 @@ def test_every_replica_runs_max_num_seqs():
     short = plan("llama-3.1-8b", "h100-80gb", 2, mesh="data=2", input_len=4000, max_num_seqs=128).layouts[0]
     assert 128 < short.sequences < 256
     assert "only" in short.reason
+
+
+def test_the_largest_batch_that_is_held_has_a_time():
+    """What makes tokens cheapest: 61 sequences over 8 stages read the weights as often as 32 do."""
+    found = plan("llama-3.1-405b", "h200", 8, input_len=4096, output_len=256)
+    deep = {str(layout.mesh): layout for layout in found.layouts}["pipe=8"]
+    assert deep.sequences == 61
+    assert [point.batch for point in deep.decode] == [1, 2, 4, 8, 16, 32, 61]
+    assert deep.decode[-1].tokens_per_second > 1.8 * deep.decode[-2].tokens_per_second
+    assert dict((str(layout.mesh), point.batch) for layout, point in found.meeting())["pipe=8"] == 61
+    (two,) = plan("llama-3.1-70b", "h100-80gb", 4, mesh="data=2,tensor=2", memory="datasheet").layouts
+    assert (two.sequences, [point.batch for point in two.decode]) == (14, [2, 4, 8, 14])
 
 
 def test_tensor_parallelism_across_hosts_pays_for_the_network():
@@ -451,6 +477,16 @@ def test_plan_only_says_what_the_engine_would_take(capsys, monkeypatch):
     assert text.startswith("the bundled model on tensor=2 of 8 x cpu, float32: fits\n")
     assert "no times: cpu is not in the table" in text
     assert main(["serve", "--plan-only", "-tp", "3", *sizes]) == 2
+
+
+@pytest.mark.parametrize(("mesh", "sequences"), [("tensor=2", 4), ("data=2,x=2", 8)])
+def test_plan_only_counts_sequences_in_whole_pages_of_a_partition(mesh, sequences, capsys, monkeypatch):
+    """Of 17 tokens each, which take two pages of 16."""
+    monkeypatch.setattr("paddock.serving.platform.prepare", lambda config: None)
+    rules = ["--rules", "batch=x"] if "x" in mesh else []
+    sizes = ["--max-num-seqs", "4", "--max-model-len", "17", "--block-size", "16"]
+    assert main(["serve", "--plan-only", "--mesh", mesh, *rules, *sizes]) == 0
+    assert f"{sequences * 32} KV tokens, {sequences} sequences of 17\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("mesh", "batches"), [("tensor=2", ["1", "2", "4"]), ("data=2", ["2", "4", "8"])])

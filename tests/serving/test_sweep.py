@@ -149,6 +149,21 @@ def test_a_second_run_goes_on_where_the_first_ended(script: Path):
     assert starts(script) == ["single", "works", "dies", "refused"]
 
 
+def test_rows_of_before_have_the_names_of_now(script: Path):
+    run(script, "works")
+    rows = run(script, "refused")  # the same mesh, which is not run again
+    assert [(row["label"], row["name"], row["status"]) for row in rows[2:]] == [("refused", "refused", "ok")] * 2
+
+
+def test_rows_of_before_are_compared_with_a_single_device_that_ran_later(script: Path):
+    script.write_text(SCRIPT.replace('name == "exits"', 'name in ("exits", "")'))
+    assert [row["tokens_equal"] for row in run(script, "works", "differs")] == [None] * 6
+    script.write_text(SCRIPT)
+    rows = run(script, "works", "differs", retry=True)
+    assert [row["tokens_equal"] for row in rows[::2]] == [None, True, False]
+    assert starts(script) == ["single", "works", "differs", "single"]
+
+
 def test_what_failed_is_run_again_on_demand(script: Path):
     run(script, "works", "dies")
     script.write_text(SCRIPT.replace('name == "dies"', 'name == "nobody"'))

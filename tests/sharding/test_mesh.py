@@ -36,6 +36,7 @@ def test_it_takes_the_devices_it_is_given() -> None:
     [
         ("tensor", "mesh: 'tensor' is not of the form axis=size, as in 'pipe=2,tensor=4'"),
         ("pipe=2,tensor=two", "mesh: 'tensor=two' is not of the form axis=size, as in 'pipe=2,tensor=4'"),
+        ("tensor=²", "mesh: 'tensor=²' is not of the form axis=size, as in 'pipe=2,tensor=4'"),
         ("tensor=-2", "mesh: 'tensor=-2' is not of the form axis=size, as in 'pipe=2,tensor=4'"),
         ("tensor=", "mesh: 'tensor=' is not of the form axis=size, as in 'pipe=2,tensor=4'"),
         ("x=2,y=1,x=4", "mesh: axis 'x' is given twice"),
