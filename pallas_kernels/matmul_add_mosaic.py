@@ -15,7 +15,7 @@ from .matmul_endings import Added
 from .matmul_kernel import walk
 from .matmul_launch import launch, rings, tile
 from .matmul_reference import check_matmul_add
-from .matmul_tiling import ROWS, Tiling, check_tiling, choose_ending, padded, square_rows
+from .matmul_tiling import ROWS, Tiling, check_ending, choose_ending, padded, square_rows
 from .scaled_rows import ScaledRows
 
 
@@ -49,7 +49,7 @@ def matmul_add_mosaic(
     check_matmul_add_mosaic(x.dtype, x.shape[0], *w.shape)
     (num_rows, depth), num_columns = x.shape, w.shape[1]
     tiling = tiling or choose_ending(num_rows, depth, num_columns)
-    check_tiling(tiling, num_rows, depth, num_columns)
+    check_ending(tiling, num_rows, depth, num_columns)
     rows = num_rows if num_rows < 8 else padded(num_rows)
     if interpret:
         rows = tiling.rows * tiling.blocks

@@ -17,15 +17,15 @@ from .matmul_kernel import Tile
 from .matmul_pairs import split_pairs
 from .matmul_tiling import ROWS
 
-# Of a value for each column, or for each row, of an accumulator.
-COLUMNS, LINES = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # of a value for each column of an accumulator
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """They are written, as they are or SwiGLU of them, to out_ref [split, rows, N or N/2]. With `squares_ref`
+    """They are written, as they are or SwiGLU of them, to out_ref [split, rows, N or N/2].
 
-    [R, P], those of `ScaledRows` of `depth` columns, rows are divided by their root mean square first."""
+    Rows of `ScaledRows` of `depth` columns, whose squares are in squares_ref [R, P], are divided before that.
+    """
 
     out_ref: Any
     swiglu: bool
@@ -67,7 +67,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """They are added to the residual stream, and what the norm after that takes is made: see `multiply_add_mosaic`.
+    """They are added to the residual stream, and what the norm after that takes is made: see `matmul_add_mosaic`.
 
     A worker has one tile. Where blocks of a cluster `share` its depth each finishes as many of its columns, and gets
     the others' sums of those into its own memory.

@@ -22,8 +22,8 @@ from .matmul_endings import Stored
 from .matmul_kernel import walk
 from .matmul_launch import launch, rings, tile, together
 from .matmul_reference import check_matmul, finish
-from .matmul_tiling import ROWS, Tiling, check_tiling, choose_tiling, padded, square_rows
-from .scaled_rows import ScaledRows, multiplied
+from .matmul_tiling import PIECES, ROWS, Tiling, check_tiling, choose_tiling, padded
+from .scaled_rows import ScaledRows, rows_of
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -91,6 +91,8 @@ def _multiply(
     check_matmul_mosaic(w.dtype, num_rows, depth, num_columns)
     tiling = tiling or choose_tiling(num_rows, depth, num_columns, swiglu=swiglu, summed=summed)
     check_tiling(tiling, num_rows, depth, num_columns)
+    if tiling.share > 1:
+        raise ValueError(f"{tiling} is shared by blocks, as matmul_add_mosaic's may be")
     swiglu = swiglu and tiling.split == 1
     dtype = jnp.dtype(jnp.float32) if tiling.split > 1 else w.dtype
     rows = tiling.rows * tiling.blocks * tiling.row_tiles(num_rows)
@@ -107,7 +109,11 @@ def _multiply(
     body: Callable[..., None] = multiply
     squares: tuple[jax.Array, ...] = ()
     if isinstance(x, ScaledRows):
-        if tiling.row_tiles(num_rows) > 1 or x.squares.shape[0] < square_rows(num_rows) or x.squares.shape[1] % 8:
+        if (
+            tiling.rows * tiling.blocks > x.squares.shape[0]
+            or tiling.row_tiles(num_rows) > 1
+            or x.squares.shape[1] % PIECES
+        ):
             raise ValueError(f"matmul_mosaic takes ScaledRows of matmul_add_mosaic: got squares {x.squares.shape}")
         body, squares, ending["eps"] = multiply_scaled, (x.squares,), x.eps
     return plgpu.kernel(
@@ -120,7 +126,7 @@ def _multiply(
             ),
         ),
         **launch(tiling, num_rows, num_columns, interpret),
-    )(jnp.pad(multiplied(x), ((0, rows - num_rows), (0, 0))), w, *squares)
+    )(jnp.pad(rows_of(x), ((0, rows - num_rows), (0, 0))), w, *squares)
 
 
 def multiply(x_ref: Any, w_ref: Any, out_ref: Any, *, ending: dict[str, Any], **rest: Any) -> None:

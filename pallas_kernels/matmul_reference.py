@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .scaled_rows import ScaledRows, divided, multiplied, scale_rows
+from .scaled_rows import ScaledRows, divide, rows_of, scale_rows
 
 # What a product's columns go through; swiglu takes them in pairs: even gates, odd ups.
 EPILOGUES = ("none", "swiglu")
@@ -27,8 +27,8 @@ def matmul_reference(
     may read it before the kernels before it have ended. Raises ValueError where the arguments do not fit together.
     """
     check_matmul(x, w, epilogue, residual)
-    rows = multiplied(x)
-    product = divided(jnp.matmul(rows, w, preferred_element_type=jnp.float32), x)
+    rows = rows_of(x)
+    product = divide(jnp.matmul(rows, w, preferred_element_type=jnp.float32), x)
     return finish(product, epilogue, residual, rows.dtype)
 
 
@@ -71,7 +71,7 @@ def finish(
 
 def check_matmul(x: Array | ScaledRows, w: Array, epilogue: str, residual: Array | None) -> None:
     """Raise ValueError unless the arguments of a product fit together."""
-    x = multiplied(x)
+    x = rows_of(x)
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"x [M, K] and w [K, N] do not fit together: got shapes {x.shape} and {w.shape}")
     if x.dtype != w.dtype:

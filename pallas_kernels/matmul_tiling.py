@@ -19,6 +19,9 @@ HBM, HBM_EACH, INGEST, FLOPS, WRITE, READ = 3.08e6, 4.5e4, 1.2e5, 5.6e6, 1.6e6, 
 HBM_AMONG_OTHERS = 4.0e4
 # From a load's start to its data; beginning and ending a tile; a kernel more.
 LATENCY, TILE, KERNEL = 1.05, 3.0, 1.0
+# Columns of a product that ends a block come in pieces of so many, half a row of the widest swizzle, or a multiple; and
+# pieces by so many, a tile of the accumulator that their squares are summed in.
+PIECE, PIECES = 32, 8
 # Sums on their way to another block of the cluster; to be measured.
 EXCHANGE = 1.0
 
@@ -96,7 +99,7 @@ def choose_ending(m: int, k: int, n: int) -> Tiling:
                 pieces, units = n // columns * share, n // columns * share * (2 if pair else 1)
                 if rows * columns > 2**15 or n % columns or k % (DEPTH * share) or units > SMS:
                     continue
-                if columns // share < 32 or pieces % 8:  # half a swizzle of 128 bytes, a tile of the squares
+                if columns % (share * PIECE) or pieces % PIECES:
                     continue
                 stages = min(12, (SMEM - ending_bytes(rows, columns, share)) // (2 * DEPTH * (rows + columns)))
                 if stages > 2:
@@ -135,6 +138,18 @@ def check_tiling(tiling: Tiling, m: int, k: int, n: int) -> None:
         raise ValueError(f"{tiling} splits K, and for that {m} rows must be one tile and all tiles as wide")
     if tiling.narrow[0] and k // DEPTH % tiling.stages:
         raise ValueError(f"{tiling} has narrow tiles, and for that {k // DEPTH} steps must be a multiple of its stages")
+
+
+def check_ending(tiling: Tiling, m: int, k: int, n: int) -> None:
+    """`check_tiling` for `matmul_add_mosaic`."""
+    check_tiling(tiling, m, k, n)
+    pieces = n // tiling.columns * tiling.share
+    if tiling.split > 1 or tiling.narrow[0] or tiling.row_tiles(m) > 1 or tiling.rows * tiling.blocks > square_rows(m):
+        raise ValueError(
+            f"{tiling} does not end a block of {m} rows: it must be one tile, as low as they allow, and whole"
+        )
+    if pieces % PIECES or tiling.columns % (tiling.share * PIECE) or pieces * tiling.blocks > SMS:
+        raise ValueError(f"{tiling} does not end a block of {n} columns: {pieces} pieces of them")
 
 
 def padded(m: int) -> int:

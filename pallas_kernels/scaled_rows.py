@@ -36,12 +36,12 @@ def scale_rows(total: Float[Array, "M D"], scale: Float[Array, " D"], eps: float
     return ScaledRows(rows.astype(total.dtype), jnp.sum(wide * wide, axis=1, keepdims=True), eps)
 
 
-def multiplied(x: Array | ScaledRows) -> Array:
+def rows_of(x: Array | ScaledRows) -> Array:
     """The rows that a product of x multiplies."""
     return x.rows if isinstance(x, ScaledRows) else x
 
 
-def divided(product: Float[Array, "M N"], x: Array | ScaledRows) -> Float[Array, "M N"]:
+def divide(product: Float[Array, "M N"], x: Array | ScaledRows) -> Float[Array, "M N"]:
     """A float32 product of x, once more than its rows are multiplied."""
     if not isinstance(x, ScaledRows):
         return product

@@ -34,13 +34,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     processes = Processes.of(config)
     if processes is not None and processes.index:
-        with _ends_at_signals(), _fails_at_once():
+        _end_on_signals(terminated=128 + signal.SIGTERM)  # until it follows
+        with _fails_at_once():
             _follow(config)
         return 0
     from . import wsgi
 
     sock = wsgi.bind(args.host, args.port)
-    with sock, _ends_at_signals():  # until the server listens, and has something to finish
+    _end_on_signals(terminated=0)  # until the server listens, and has something to finish
+    with sock:
         from . import cli_engine
         from .server import create_app
 
@@ -74,17 +76,18 @@ def _follow(config: EngineConfig) -> None:
     follow(config, on_ready=on_ready)
 
 
-@contextlib.contextmanager
-def _ends_at_signals() -> Iterator[None]:
-    """A signal ends the program in its handler. Raised from there as an exception it would be lost where Python
-    ignores those, in a destructor or a weak reference's callback, and could leave a lock held that others wait for."""
-    codes: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
-    before = {number: signal.signal(number, lambda number, frame: os._exit(codes[number])) for number in codes}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end_on_signals(*, terminated: int) -> None:
+    """SIGTERM and Ctrl+C end the program in their handler, with code `terminated` and 130. Raised from there as an
+    exception they would be lost where Python ignores those, in a destructor or a weak reference's callback, and could
+    leave a lock held that others wait for."""
+
+    def end(number: int, frame: object) -> None:
+        if os.isatty(2):
+            os.write(2, b"\n")  # after a progress bar
+        os._exit(terminated if number == signal.SIGTERM else 130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 @contextlib.contextmanager

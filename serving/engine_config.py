@@ -73,7 +73,7 @@ class EngineConfig:
     add_norm: str = option(
         "xla",
         "how a block is added to the residual stream and normed, where layers are whole on a device: xla, an entry of "
-        "the ADD_NORM table, or products, by the products before and after it",
+        "the ADD_NORM table, or products: in steps of few rows by the products before and after it",
     )
     products: str = option(
         "auto",

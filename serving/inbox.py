@@ -23,7 +23,7 @@ class Wishes:
         return bool(self.admitted or self.aborted)
 
 
-# What an engine at work mostly finds; the same object each time.
+# What an engine at work mostly finds: the same object each time, since two lists a step would be made for nothing.
 NOTHING = Wishes()
 
 

@@ -93,7 +93,7 @@ class Metrics:
 
     def on_tokens(self, num_tokens: int, gaps: Mapping[float, int]) -> None:
         """Tokens came out of the step that `on_step` told of; `gaps`: how many of them how many seconds after the one
-        before."""
+        before. Noted alone: `on_step` counts."""
         self._notes.append((self._count_tokens, (num_tokens, gaps)))
 
     def on_first_token(self, seconds: float) -> None:

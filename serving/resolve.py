@@ -116,8 +116,8 @@ def resolve(config: EngineConfig, *, replica: int = 0, must_fit: bool = True) ->
         deterministic=config.deterministic,
     )
     logger.info(
-        "%s on %s, %s, %s decode, %s addition and norm, %s products, %s all-reduces; %d pages of %d tokens (%.2f GiB "
-        "per device); %d sequences of %d, %d tokens a step",
+        "%s on %s, %s, %s decode, addition and norm by %s, products by %s, %s all-reduces; %d pages of %d tokens (%.2f "
+        "GiB per device); %d sequences of %d, %d tokens a step",
         config.model or "the bundled model",
         dict(layout.mesh.shape),
         dtype,

@@ -113,7 +113,7 @@ class Scheduler:
         return Schedule(decodes, chunks, rows, entered=np.concatenate([share.entered for share in shares]))
 
     def _prompts_go_first(self) -> bool:
-        """Not over stages, where groups that decode keep the others busy."""
+        """Of those that wait, some at least. Not over stages, where groups that decode keep the others busy."""
         if self.num_stages > 1 or self._num_alone == MOST_ALONE:
             return False
         if not all([part.decoding.is_patient for part in self.partitions]):

@@ -160,6 +160,21 @@ def test_what_no_product_adds_and_norms_is_refused(dtype: Any, m: int, n: int, n
         MATMUL_ADD["mosaic"](x, w, jnp.zeros((m, n), dtype), w[0], eps=EPS, interpret=True)
 
 
+@pytest.mark.parametrize(
+    ("m", "tiling", "message"),
+    [
+        (5, Tiling(64, 64, 2, 3), "does not end a block of 5 rows"),
+        (5, Tiling(128, 64, 1, 3), "does not end a block of 5 rows"),
+        (5, Tiling(64, 128, 1, 3), "does not end a block of 512 columns: 4 pieces"),
+        (5, Tiling(64, 64, 1, 3, share=4), "does not end a block of 512 columns: 32 pieces"),
+    ],
+)
+def test_a_tiling_that_ends_no_block_is_refused(m: int, tiling: Tiling, message: str) -> None:
+    (x, w), residual = operands(m, 256, 512), operands(m, 512, 1)[0]
+    with pytest.raises(ValueError, match=message):
+        MATMUL_ADD["mosaic"](x, w, residual, w[0], eps=EPS, tiling=tiling, interpret=True)
+
+
 @pytest.mark.parametrize("name", ["reference", "mosaic"])
 def test_a_scale_of_another_dtype_is_refused(name: str) -> None:
     x, w = operands(8, 128, 512)
@@ -196,6 +211,7 @@ def test_what_the_kernel_cannot_do_is_refused(dtype: Any, m: int, k: int, n: int
         (Tiling(64, 192, 1, 3), r"does not divide w \[128, 256\]"),
         (Tiling(64, 64, 2, 3), "splits K, and for that 100 rows must be one tile"),
         (Tiling(64, 128, 1, 3, narrow=(2, 64)), "2 steps must be a multiple of its stages"),
+        (Tiling(128, 64, 1, 3, share=2), "is shared by blocks, as matmul_add_mosaic's may be"),
     ],
 )
 def test_a_tiling_that_does_not_fit_is_refused(tiling: Tiling, message: str) -> None:
@@ -274,6 +290,13 @@ def test_the_choice_is_what_measured_best() -> None:
     assert choose_tiling(256, 14336, 4096) == Tiling(128, 64, 1, 8, pair=True)  # parts of 256 rows are 4 MB each
     assert choose_tiling(256, 4096, 28672, swiglu=True).stages == 4  # three do not cover a load's latency
     assert choose_tiling(256, 4096, 28672, swiglu=True).narrow == (64, 192)  # 128 multiprocessors of 132 at work
+
+
+def test_the_choice_of_an_ending() -> None:
+    """64 tiles alone do not draw all of the memory's bandwidth; of many rows two blocks share the weights instead."""
+    for m, k in ((2, 4096), (2, 14336), (64, 14336), (128, 4096)):
+        assert choose_ending(m, k, 4096).share == 2
+    assert choose_ending(256, 14336, 4096) == Tiling(128, 64, 1, 8, pair=True)
 
 
 def test_shallow_rings_are_slow_in_the_model() -> None:

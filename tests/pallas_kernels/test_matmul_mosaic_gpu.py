@@ -44,8 +44,9 @@ def test_products_norm_on_the_way_to_the_next(m: int, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("share", [1, 2, 4])
-def test_blocks_of_a_cluster_share_a_tile(share: int) -> None:
-    check_norm_between(33, 2048, 4096, Tiling(64, 128, 1, 6, share=share))
+@pytest.mark.parametrize(("m", "rows", "stages"), [(33, 64, 6), (100, 128, 4)])
+def test_blocks_of_a_cluster_share_a_tile(m: int, rows: int, stages: int, share: int) -> None:
+    check_norm_between(m, 2048, 4096, Tiling(rows, 128, 1, stages, share=share))
 
 
 def check_norm_between(m: int, k: int, n: int, tiling: Tiling | None) -> None:

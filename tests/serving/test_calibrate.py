@@ -228,7 +228,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_a_profile_of_this_machine_plans_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps for real, of models so small that it takes seconds; what they took is noise on a busy machine, and so they
-    are said to have taken what `here` would."""
+    are said to have taken what `truth` says."""
     monkeypatch.setattr(measuring.jax, "device_count", lambda: 1)
     monkeypatch.setattr(step_replay, "SECONDS", 0.0)
     monkeypatch.setattr(step_replay, "ROUNDS", 1)

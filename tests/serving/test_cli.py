@@ -240,7 +240,7 @@ def test_serve_serves_until_a_signal(engine, capsys, monkeypatch):
 
     monkeypatch.setattr(wsgi, "bind", recording_bind)
     monkeypatch.setenv("PADDOCK_API_KEY", "secret")
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     thread = threading.Thread(target=visit)
     try:
         thread.start()
@@ -248,7 +248,8 @@ def test_serve_serves_until_a_signal(engine, capsys, monkeypatch):
         assert main(words) == 0
     finally:
         thread.join(DEADLINE)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert statuses == [200, 401]
     assert engine.configs == [EngineConfig(model="folder")]
     assert engine.shutdown_graces == [3.0]

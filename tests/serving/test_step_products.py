@@ -41,6 +41,12 @@ def alone() -> Run:
         return run(resolve_tiny(patch), pages=1000, full=True)
 
 
+def test_rows_that_float16_may_not_hold_are_refused() -> None:
+    sizes: dict[str, Any] = {"page_size": 8, "max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 16}
+    with pytest.raises(ValueError, match="add_norm products: rows before their division may be larger than float16"):
+        plan_steps(CONFIG, Layout.build(""), dtype="float16", products="reference", add_norm="products", **sizes)
+
+
 def test_auto_leaves_cpus_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_tiny(monkeypatch, mesh="tensor=2").plan.all_reduce == "xla"
 
